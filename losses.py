@@ -1,0 +1,168 @@
+"""Losses of the RGBA autoencoder: render, compare, and keep the latent familiar to the diffusion transformer.
+
+    L_vae = L_alpha + L_soft + L_hard + 0.1 L_TABD     the first three are L_rec(x, y) = mean|x - y| + perceptual + edge
+
+Colour under transparent pixels means nothing, so an RGBA clip is not compared channel by channel. It is rendered on a
+random corner of the RGB cube, softly (V a + c (1 - a): what a viewer sees) and hard (V [a > 0] + c [a = 0]: full colour
+wherever there is any object), output and target on the same colour. L_TABD lets a frozen diffusion transformer with an
+empty prompt judge the latent: opaque cells should look to it like the latents it knows, transparent ones should not.
+Source: Wan-Alpha (CVPR 2026; arXiv 2509.24979), where it trains the RGBA VAE.
+
+Letters: b batch, c channels, t frames, h w height and width, n palette colours. Colour is in [-1,1], alpha in [0,1].
+dtype: float32 in and out; a caller that trains in lower precision casts what it passes.
+
+Differences from the official code (commit 5804410):
+- TABD is clamped to [-1,1], as its formula needs; officially to [0,1], which leaves transparent cells without gradient
+  (`tabd_loss(..., clamp=(0, 1))`, test_tabd_gradient_of_a_transparent_cell).
+- Edges by Sobel, as the paper says; officially by central differences
+  (`edge_loss(..., operator="central")`, test_edge_loss_is_official).
+- TABD is meant for normalised latents, which the transformer knows; officially they come as the encoder left them.
+"""
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+PALETTE = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)  # (n=8, 3): the corners of the RGB cube
+GREY = torch.tensor([0.257, 0.504, 0.098])
+DIFFERENCE = torch.tensor([-1.0, 0.0, 1.0])
+SMOOTHING = {"sobel": torch.tensor([1.0, 2.0, 1.0]), "central": torch.tensor([0.0, 1.0, 0.0])}
+
+
+def soft_render(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
+    """R_s = V a + c (1 - a). rgb (b,3,t,h,w) in [-1,1], alpha (b,1,t,h,w) in [0,1], color (3,) or (b,3) in [-1,1]."""
+    c = rearrange(color.to(rgb), "... c -> ... c 1 1 1")
+    return rgb * alpha + c * (1 - alpha)
+
+
+def hard_render(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
+    """R_h = V [a > 0] + c (1 - [a > 0]), shapes as in `soft_render`: no gradient reaches alpha."""
+    return soft_render(rgb, (alpha > 0).to(rgb), color)
+
+
+def random_colors(n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Two different palette colours a sample, (n,3) each: one for the soft render, another for the hard one."""
+    first = torch.randint(8, (n,), generator=generator)
+    other = (first + torch.randint(1, 8, (n,), generator=generator)) % 8
+    return PALETTE[first], PALETTE[other]
+
+
+class VGG(nn.Module):
+    """Perceptual distance: mean squared difference of VGG-16 features at relu2_2. Videos are compared frame by frame.
+
+    path: the ImageNet weights as torchvision publishes them, vgg16-397923af.pth.
+    Raises FileNotFoundError if there is no such file, ValueError if it holds something else.
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__()
+        conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+        self.features = nn.Sequential(  # names and order of VGG-16: features.0 ... features.8
+            conv(3, 64), nn.ReLU(), conv(64, 64), nn.ReLU(), nn.MaxPool2d(2),
+            conv(64, 128), nn.ReLU(), conv(128, 128), nn.ReLU())
+        self.load_state_dict(read_vgg(path, self.state_dict()))
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y (b,3,t,h,w) in [-1,1] -> scalar. The features see [0,1], not ImageNet's normalisation, as officially."""
+        fx, fy = (self.features(rearrange((v + 1) / 2, "b c t h w -> (b t) c h w")) for v in (x, y))
+        return F.mse_loss(fx, fy)
+
+
+def read_vgg(path: str | Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the VGG-16 file that `like` names. Its old format cannot be memory-mapped."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist: download vgg16-397923af.pth from download.pytorch.org/models "
+                                "or train without the perceptual term by --perceptual 0")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {k: state[k].reshape(v.shape) for k, v in like.items()}
+    except Exception as error:
+        raise ValueError(f"{path} does not hold the weights of VGG-16 ({type(error).__name__}): "
+                         "use vgg16-397923af.pth or train without the perceptual term by --perceptual 0") from error
+
+
+def gradient_magnitude(x: Tensor, operator: str = "sobel") -> Tensor:
+    """(b,3,t,h,w) -> (b t,1,h,w): sqrt(gx^2 + gy^2 + 1e-6) of the grey image, zeros around the frame."""
+    grey = rearrange(torch.einsum("b c t h w, c -> b t h w", x, GREY.to(x)), "b t h w -> (b t) 1 h w")
+    gx = torch.outer(SMOOTHING[operator], DIFFERENCE).to(x)
+    gx, gy = F.conv2d(grey, torch.stack([gx, gx.T])[:, None], padding=1).unbind(1)
+    return (gx**2 + gy**2 + 1e-6).sqrt()[:, None]
+
+
+def edge_loss(x: Tensor, y: Tensor, operator: str = "sobel") -> Tensor:
+    """Mean |edges of x - edges of y|, videos (b,3,t,h,w) in [-1,1]. operator: "sobel" (paper) or "central" (code)."""
+    return F.l1_loss(gradient_magnitude(x, operator), gradient_magnitude(y, operator))
+
+
+def reconstruction_loss(x: Tensor, y: Tensor, vgg: nn.Module | None = None, perceptual: float = 1.0, edge: float = 1.0,
+                        operator: str = "sobel") -> Tensor:
+    """L_rec = L1 + perceptual + edge for videos (b,3,t,h,w) in [-1,1].
+
+    vgg: a module that gives a distance of two videos; None leaves the term out. perceptual, edge: weights.
+    """
+    loss = F.l1_loss(x, y) + edge * edge_loss(x, y, operator)
+    return loss if vgg is None else loss + perceptual * vgg(x, y)
+
+
+def rgba_loss(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor, generator: torch.Generator | None = None,
+              **options) -> dict[str, Tensor]:
+    """L_alpha, L_soft and L_hard of an output (rgb_hat, alpha_hat) and its target; the loss is the sum of the values.
+
+    Colour (b,3,t,h,w) in [-1,1]; alpha (b,1,t,h,w) in [0,1], compared as grey 2a - 1 so that all terms weigh alike.
+    Output and target share each random colour. The hard render cuts both by the target's alpha: cut by its own, an
+    output faintly opaque everywhere would be drawn to random colours. options: those of `reconstruction_loss`.
+    """
+    soft, hard = random_colors(len(rgb), generator)
+    grey = lambda a: (2 * a - 1).expand(-1, 3, -1, -1, -1)
+    pairs = {
+        "alpha": (grey(alpha_hat), grey(alpha)),
+        "soft": (soft_render(rgb_hat, alpha_hat, soft), soft_render(rgb, alpha, soft)),
+        "hard": (hard_render(rgb_hat, alpha, hard), hard_render(rgb, alpha, hard)),
+    }
+    return {name: reconstruction_loss(x, y, **options) for name, (x, y) in pairs.items()}
+
+
+def tabd_mask(alpha: Tensor) -> Tensor:
+    """M of L_TABD: alpha (b,1,t,h,w) in [0,1], t = 4k+1 -> (b,1,1+k,h/8,w/8), a cell: 8 x 8 pixels, 1 or 4 frames.
+
+    +1 opaque (every pixel 1); -1 transparent (every pixel 0) or semi-transparent (every pixel between); 0 mixed.
+    In the first frame all that is not opaque is -1. Source: official code (test_tabd_mask_is_official).
+    """
+    if (alpha.shape[2] - 1) % 4 or alpha.shape[3] % 8 or alpha.shape[4] % 8:
+        t, h, w = alpha.shape[2:]
+        raise ValueError(f"alpha has {t} frames of {w} x {h}: give 4k+1 frames, width and height in multiples of 8")
+
+    def extreme(operation):
+        cells = reduce(alpha, "b c t (h p) (w q) -> b c t h w", operation, p=8, q=8)
+        rest = reduce(cells[:, :, 1:], "b c (t f) h w -> b c t h w", operation, f=4)
+        return torch.cat([cells[:, :, :1], rest], 2)
+
+    low, high = extreme("min"), extreme("max")
+    opaque, transparent = low == 1, (high == 0) | ((low > 0) & (high < 1))
+    transparent[:, :, :1] = ~opaque[:, :, :1]
+    return opaque.to(alpha.dtype) - (transparent & ~opaque).to(alpha.dtype)
+
+
+def tabd_loss(v_hat: Tensor, v: Tensor, mask: Tensor, weight: Tensor, clamp: tuple[float, float] = (-1, 1)) -> Tensor:
+    """L_TABD = mean clamp(M w(t) (v_hat - v)^2): the transparency-aware bidirectional diffusion loss.
+
+    v_hat: what the frozen transformer predicts for the noised latent; v: noise - z; both (b,c,t,h,w), of latents
+    normalised as the transformer learned them. mask: `tabd_mask`. weight (b,): w(t). clamp: (-1, 1) pulls opaque cells
+    to v and pushes transparent ones away while w (v_hat - v)^2 < 1; officially (0, 1), which only pulls.
+    """
+    return (mask * rearrange(weight, "b -> b 1 1 1 1") * (v_hat - v) ** 2).clamp(*clamp).mean()
+
+
+if __name__ == "__main__":
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    alpha = (1.5 - 2 * (x**2 + y**2).sqrt()).clamp(0, 1).expand(1, 1, 17, 64, 64)  # a disc with a soft rim
+    rgb = torch.stack([x, y, -x]).view(1, 3, 1, 64, 64).expand(1, 3, 17, 64, 64)
+    for name, hat in {"equal": (rgb, alpha), "paler": (rgb * 0.8, alpha), "fainter": (rgb, alpha * 0.8)}.items():
+        parts = rgba_loss(*hat, rgb, alpha, torch.Generator().manual_seed(0))
+        print(name.ljust(8), *(f"{k} {v:.4f}" for k, v in parts.items()))
+    print("latent cells, later frames: # opaque, - transparent or semi-transparent, . mixed")
+    print("\n".join("".join("-.#"[int(m) + 1] for m in row) for row in tabd_mask(alpha)[0, 0, 1]))
