@@ -1,0 +1,425 @@
+"""Train the VAE: a base VAE on RGB from scratch (--stage base), or the RGBA autoencoder of Wan-Alpha on a frozen base.
+
+    python data.py data/ --clips 2000
+    python train_vae.py data/ --stage base --out base       # what Wan2.1's VAE is to Wan-Alpha
+    python train_vae.py data/ --base base --out base        # merge block and two LoRA decoders (paper, section 3.2)
+    python train_vae.py --eval --base base                  # scores on unseen clips
+
+RGBA stage:  z = merge(features(hard render), features(alpha));  rgb, alpha = the two decoders of z;
+             L_vae = L_alpha + L_soft + L_hard + 0.1 L_TABD.
+The loop at the top (`fit`) serves train_dit.py too. Step k draws all its random numbers from one generator seeded with (seed, k), so a
+run that was stopped and resumed makes the same steps: test_resume_is_bit_equal.
+dtype rule: parameters, losses and optimiser in float32; with --bf16 the forward passes run under autocast.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from tqdm import tqdm
+
+from data import RGBADataset, contact_sheet, over, procedural_clip, replacing, save_tensors, save_text
+from dit import load_dit
+from losses import PALETTE, VGG, hard_render, random_colors, rgba_loss, soft_render, tabd_loss, tabd_mask
+from merge import FeatureMerge, RGBAVAE, load_rgba_vae
+from sampler import flow_target, interpolate, sample_sigma
+from text import load_text_encoder
+from vae import ResidualBlock, VAEConfig, WanVAE, load_vae
+
+TINY = Path(__file__).parent / "tiny"
+
+
+# ---- the loop and the records of all four trainings
+
+
+def one_sentence(main) -> int:
+    """Run a command; a ValueError or OSError (wrong input from outside) becomes one sentence on stderr and exit code 2."""
+    try:
+        main()
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def record_run(run: Path, args):
+    """run/run.json: the arguments, seed and versions of a run."""
+    versions = dict(python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads())
+    save_text(run / "run.json", json.dumps(dict(arguments=vars(args), versions=versions), indent=1) + "\n")
+
+
+def find_vae(base) -> Path:
+    """The VAE of a checkpoint folder, .safetensors or Wan's .pth."""
+    file = Path(base) / "Wan2.1_VAE.safetensors"
+    return file if file.exists() else file.with_suffix(".pth")
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """All the randomness of one step."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def make_optimizers(parameters, lr: float, muon: bool, weight_decay=0.01) -> list:
+    """AdamW for everything; with muon=True matrices and kernels (seen as c_out x rest) get Muon, whose step has AdamW's size."""
+    parameters = [p for p in parameters if p.requires_grad]
+    matrices = [p for p in parameters if muon and p.dim() >= 2 and min(p.shape[0], p[0].numel()) >= 8]
+    ids = {id(p) for p in matrices}
+    optimizers = [torch.optim.AdamW([p for p in parameters if id(p) not in ids], lr, weight_decay=weight_decay)]
+    if matrices:
+        views = [nn.Parameter(p.detach().flatten(1)) for p in matrices]       # the same memory, two axes
+        optimizers.append(torch.optim.Muon(views, lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+
+        def hand_over_gradients(*_):
+            for view, p in zip(views, matrices):
+                view.grad = None if p.grad is None else p.grad.flatten(1)
+        optimizers[-1].register_step_pre_hook(hand_over_gradients)
+    return optimizers
+
+
+def learning_rate(step: int, steps: int, lr: float, warmup: int = 100) -> float:
+    """Linear warm-up, then linear to zero at the last step."""
+    return lr * min((step + 1) / warmup, (steps - step) / steps)
+
+
+def fit(args, run: Path, model: nn.Module, optimizers, steps: int, loss_fn, sheet_fn):
+    """Train `model` for `steps` steps: loss_fn(step, generator) -> dict of scalars with "loss"; sheet_fn(path) draws what is learnt.
+
+    Writes run/log.jsonl, run/sheet-STEP.png, run/checkpoint.pt (trained tensors, optimisers, step); --resume goes on from there."""
+    run.mkdir(parents=True, exist_ok=True)
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    checkpoint, start = run / "checkpoint.pt", 0
+    if args.resume and checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        start = saved["step"]
+        with torch.no_grad():
+            for name, value in saved["model"].items():
+                trained[name].copy_(value)
+        for optimizer, value in zip(optimizers, saved["optimizers"]):
+            optimizer.load_state_dict(value)
+
+    def save(step):
+        state = dict(step=step, model=trained, optimizers=[o.state_dict() for o in optimizers])
+        with replacing(checkpoint) as temporary:
+            torch.save(state, temporary)
+
+    with open(run / "log.jsonl", "a" if start else "w") as log:
+        began, sums = time.time(), {}
+        for step in (bar := tqdm(range(start, steps), initial=start, total=steps, mininterval=5)):
+            parts = loss_fn(step, step_generator(args.seed, step))
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            parts["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, steps, args.lr)
+                optimizer.step()
+            sums = {k: sums.get(k, 0) + float(v) for k, v in parts.items()}
+            if not math.isfinite(sums["loss"]):
+                raise ValueError(f"the loss is not finite at step {step}; {checkpoint} holds the last good state, try a smaller --lr")
+            if (step + 1) % args.log_every == 0 or step + 1 == steps:
+                count = step % args.log_every + 1
+                row = dict(step=step + 1, seconds=round(time.time() - began, 1), **{k: round(v / count, 5) for k, v in sums.items()})
+                print(json.dumps(row), file=log, flush=True)
+                bar.set_postfix({k: v for k, v in row.items() if k not in ("step", "seconds")})
+                sums = {}
+            if (step + 1) % args.save_every == 0 or step + 1 == steps:
+                save(step + 1)
+                sheet_fn(run / f"sheet-{step + 1:06d}.png")
+
+
+# ---- batches
+
+
+def parse_schedule(text: str) -> list[tuple[int, int, int, int]]:
+    """"4000:1:40:64,800:17:64:6" -> phases of (steps, frames, side in pixels, batch)."""
+    try:
+        phases = [tuple(map(int, phase.split(":"))) for phase in text.split(",")]
+        assert all(len(p) == 4 and min(p) > 0 and p[1] % 4 == 1 and p[2] % 8 == 0 for p in phases)
+    except (ValueError, AssertionError):
+        raise ValueError(f"--schedule {text!r} is not steps:frames:side:batch,... with 4k+1 frames and sides in multiples of 8") from None
+    return phases
+
+
+def phase_at(phases, step: int) -> tuple[int, int, int]:
+    """Frames, side and batch of a step."""
+    for steps, *phase in phases:
+        if step < steps:
+            return phase
+        step -= steps
+
+
+def draw_clips(dataset, n: int, frames: int, side: int, generator):
+    """n random clips -> rgb (n, 3, frames, side, side) in [-1, 1], alpha (n, 1, ...) in [0, 1]. Crops hold a part of the object."""
+    pick = lambda high: int(torch.randint(high, (), generator=generator))
+    clips = []
+    for _ in range(n):
+        rgb, alpha = map(torch.as_tensor, dataset.clip(pick(len(dataset))))
+        t, h, w = alpha.shape
+        if t < frames or h < side or w < side:
+            raise ValueError(f"the clips are {t} frames of {w}x{h}; the schedule asks for {frames} frames of {side}x{side}")
+        start = pick(t - frames + 1)
+        rgb, alpha = rgb[start:start + frames], alpha[start:start + frames]
+        inside = alpha[frames // 2].nonzero()
+        y, x = inside[pick(len(inside))].tolist() if len(inside) else (pick(h), pick(w))
+        y, x = (min(max(at - side // 2, 0), full - side) for at, full in ((y, h), (x, w)))
+        clips.append((rgb[:, y:y + side, x:x + side], alpha[:, y:y + side, x:x + side]))
+    rgb, alpha = (torch.stack(part) for part in zip(*clips))
+    return rearrange(rgb, "b t h w c -> b c t h w").float() / 127.5 - 1, alpha.unsqueeze(1).float() / 255
+
+
+def rgb_views(rgb, alpha, generator):
+    """What a base VAE learns from: each clip rendered softly (40 %) or hard (35 %) on a colour, or its alpha as grey (25 %).
+    Half of the colours are corners of the RGB cube, half are any."""
+    n = len(rgb)
+    corner, any_color = random_colors(n, generator)[0], torch.rand(n, 3, generator=generator) * 2 - 1
+    color = torch.where(torch.rand(n, 1, generator=generator) < 0.5, corner, any_color)
+    view = torch.rand(n, 1, 1, 1, 1, generator=generator)
+    grey = (2 * alpha - 1).expand_as(rgb)
+    return torch.where(view < 0.4, soft_render(rgb, alpha, color), torch.where(view < 0.75, hard_render(rgb, alpha, color), grey))
+
+
+# ---- stage base: an RGB VAE from scratch
+
+
+def base_step(vae: WanVAE, video, generator, kl_weight: float) -> dict:
+    """Autoencode (b, 3, t, h, w) with the latent sampled: L1 + 0.5 MSE + kl_weight * KL(latent || N(0, 1))."""
+    mean, logvar = vae.moments(vae.features(video))
+    mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
+    z = mean + torch.randn(mean.shape, generator=generator).to(mean) * (0.5 * logvar).exp()
+    error = vae.decode(vae.normalize(z), chunk=None).float() - video
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=1).mean()
+    l1, mse = error.abs().mean(), error.square().mean()
+    return dict(loss=l1 + 0.5 * mse + kl_weight * kl, l1=l1, mse=mse, kl=kl)
+
+
+@torch.no_grad()
+def measure_statistics(vae: WanVAE, dataset, frames: int, side: int, seed: int, batches: int = 32) -> WanVAE:
+    """Mean and deviation of the raw latent over the data, per channel: MEAN and STD of a VAE trained here."""
+    generator, total, square, count = step_generator(seed, -1), 0, 0, 0
+    for _ in tqdm(range(batches), desc="latent statistics"):
+        raw = vae.moments(vae.features(rgb_views(*draw_clips(dataset, 8, frames, side, generator), generator)))[0].double()
+        total, square = total + raw.sum((0, 2, 3, 4)), square + raw.square().sum((0, 2, 3, 4))
+        count += raw[:, 0].numel()
+    mean, std = total / count, (square / count - (total / count) ** 2).sqrt()
+    vae.config = replace(vae.config, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    return vae
+
+
+# ---- stage rgba: merge block and two LoRA decoders on the frozen base
+
+
+def rgba_step(rgba: RGBAVAE, rgb, alpha, generator, vgg=None, perceptual=0.0, tabd=0.0, tabd_clamp=(-1, 1), dit=None, empty=None) -> dict:
+    """L_alpha + L_soft + L_hard + tabd * L_TABD of rgb (b, 3, t, h, w) in [-1, 1], alpha (b, 1, t, h, w) in [0, 1].
+    dit: the frozen base transformer, empty: its context of the empty prompt (l, d); needed when tabd is not 0."""
+    color, _ = random_colors(len(rgb), generator)
+    z = rgba.encode(rgb, alpha, color, chunk=None)
+    rgb_hat, alpha_hat = (x.float() for x in rgba.decode(z, chunk=None))
+    parts = rgba_loss(rgb_hat, alpha_hat, rgb, alpha, generator, vgg=vgg, perceptual=perceptual)
+    loss = sum(parts.values())
+    if tabd:
+        sigma, weight = sample_sigma(len(z), generator)
+        noise = torch.randn(z.shape, generator=generator).to(z)
+        v_hat = dit(interpolate(z.float(), noise, sigma), 1000 * sigma, [empty] * len(z))
+        parts["tabd"] = tabd_loss(v_hat, flow_target(z.float(), noise), tabd_mask(alpha), weight, tabd_clamp)
+        loss = loss + tabd * parts["tabd"]
+    return dict(loss=loss, **parts)
+
+
+# ---- scores
+
+
+def psnr(x, y, mask=None) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 arrays (peak 255), where mask is true: (t, h, w) for all channels."""
+    square = (x.astype(np.float32) - y.astype(np.float32)) ** 2
+    return float(10 * np.log10(255 ** 2 / max((square if mask is None else square[mask]).mean(), 1e-3)))
+
+
+def object_region(alpha):
+    """The pixels with alpha > 0 and those up to two pixels from one, (t, h, w)."""
+    seen = torch.as_tensor(alpha > 0).float().unsqueeze(1)
+    return F.max_pool2d(seen, 5, stride=1, padding=2)[:, 0].bool().numpy()
+
+
+
+@torch.no_grad()
+def reconstruct(rgba: RGBAVAE, rgb, alpha):
+    """uint8 clip (t, h, w, 3), (t, h, w) -> the same through the autoencoder, rounded."""
+    video = rearrange(torch.as_tensor(rgb), "t h w c -> 1 c t h w") / 127.5 - 1
+    z = rgba.encode(video, torch.as_tensor(alpha)[None, None] / 255)
+    rgb_hat, alpha_hat = rgba.decode(z)
+    rgb_hat = rearrange((rgb_hat + 1) * 127.5, "1 c t h w -> t h w c")
+    return tuple(x.clamp(0, 255).round().byte().numpy() for x in (rgb_hat, alpha_hat[0, 0] * 255))
+
+
+def evaluate(rgba: RGBAVAE, clips) -> list[dict]:
+    """PSNR in dB of each (rgb, alpha) uint8 clip through the autoencoder: soft renders over the 8 palette colours and alpha, over the
+    whole frame and in the object's region (alpha > 0, two pixels wider), and colour where alpha > 0."""
+    rows = []
+    for rgb, alpha in tqdm(clips, desc="autoencode"):
+        rgb_hat, alpha_hat = reconstruct(rgba, rgb, alpha)
+        region = object_region(alpha)
+        renders = [[over(x, a, np.broadcast_to(np.uint8((c + 1) / 2 * 255), x.shape[1:])) for c in PALETTE.numpy()]
+                   for x, a in ((rgb, alpha), (rgb_hat, alpha_hat))]
+        rows.append({
+            "soft render": np.mean([psnr(x, y) for x, y in zip(*renders)]), "alpha": psnr(alpha, alpha_hat),
+            "soft render, region": np.mean([psnr(x, y, region) for x, y in zip(*renders)]),
+            "alpha, region": psnr(alpha, alpha_hat, region), "colour, alpha > 0": psnr(rgb, rgb_hat, alpha > 0)})
+    return rows
+
+
+def print_scores(title: str, rows: list[dict]):
+    print(f"\n{title}: PSNR in dB, {len(rows)} clips" + " " * 4 + "mean  lowest")
+    for name in rows[0]:
+        values = [float(row[name]) for row in rows]
+        print(f"  {name:<24}{np.mean(values):8.2f}{min(values):8.2f}")
+
+
+# ---- the command
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("data", nargs="?", help="folder of captioned RGBA clips (python data.py makes one)")
+    add("--stage", choices=("rgba", "base"), default="rgba", help="RGBA autoencoder on a frozen base, or a base VAE from scratch")
+    add("--base", default=str(TINY), help="checkpoint folder with the frozen base (stage rgba, --eval)")
+    add("--out", default="runs/vae", help="folder that the result and the run's records go to")
+    add("--vae-adapter", help="RGBA adapter that --eval scores; default: what config.json of --base names")
+    add("--eval", action="store_true", help="score 64 unseen procedural clips, and the pictures of --stills, instead of training")
+    add("--stills", help="folder of RGBA pictures that --eval scores as stills")
+    add("--schedule", help="phases steps:frames:side:batch,... ; default: the paper's 75000:17:272:2 for rgba")
+    add("--lr", type=float, default=1e-4, help="peak learning rate")
+    add("--muon", action="store_true", help="Muon for matrices and kernels, AdamW for the rest; without: AdamW for all")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--rank", type=int, default=128, help="rank of the decoders' LoRA")
+    add("--perceptual", type=float, default=1.0, help="weight of the VGG term; 0 trains without it")
+    add("--vgg", default="vgg16-397923af.pth", help="ImageNet weights of VGG-16 for the perceptual term")
+    add("--tabd", type=float, default=0.1, help="weight of L_TABD; 0 trains without a transformer")
+    add("--tabd-clamp", type=float, nargs=2, default=(-1.0, 1.0), help="-1 1 as in the paper, 0 1 as in the official code")
+    add("--dim", type=int, default=16, help="stage base: channels at full resolution (Wan: 96)")
+    add("--res-blocks", type=int, default=1, help="stage base: residual blocks a level (Wan: 2)")
+    add("--kl", type=float, default=3e-5, help="stage base: weight of the KL term")
+    add("--size", type=int, default=64, help="side in pixels that clips are scaled to")
+    add("--bf16", action="store_true", help="forward passes in bfloat16: faster where the processor has it")
+    add("--compile", action="store_true", help="torch.compile the residual blocks: faster after a minute or so, needs a C++ compiler")
+    add("--half", action="store_true", help="store the result in float16")
+    add("--seed", type=int, default=0, help="of weights, batches and noise")
+    add("--resume", action="store_true", help="go on from the last checkpoint of the same run")
+    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    add("--save-every", type=int, default=500, help="steps between checkpoints and contact sheets")
+    args = parser.parse_args(argv)
+    if not args.eval and not args.data:
+        raise ValueError("give a folder of clips to train on, or --eval")
+    args.schedule = args.schedule or {"rgba": "75000:17:272:2", "base": "3000:1:40:64,1600:5:40:16,500:17:64:6"}[args.stage]
+    return args
+
+
+def precision(args):
+    return torch.autocast("cpu" if not torch.cuda.is_available() else "cuda", torch.bfloat16, enabled=args.bf16)
+
+
+def stored(state: dict, half: bool) -> dict:
+    return {k: v.detach().to(torch.float16 if half else torch.float32).contiguous() for k, v in state.items()}
+
+
+def compile_blocks(module: nn.Module):
+    """Fuses what lies between the convolutions; every shape and width is compiled anew."""
+    torch._dynamo.config.recompile_limit = 256
+    for block in module.modules():
+        if isinstance(block, ResidualBlock):
+            block.compile(dynamic=False)
+
+
+def train_base(args, dataset, run: Path):
+    vae = WanVAE(VAEConfig(args.dim, num_res_blocks=args.res_blocks, mean=(0.0,) * 16, std=(1.0,) * 16))
+    vae.init_weights()
+    if args.compile:
+        compile_blocks(vae)
+    phases = parse_schedule(args.schedule)
+
+    def loss(step, generator):
+        frames, side, batch = phase_at(phases, step)
+        video = rgb_views(*draw_clips(dataset, batch, frames, side, generator), generator)
+        with precision(args):
+            return base_step(vae, video.to(memory_format=torch.channels_last_3d), generator, args.kl)
+
+    @torch.no_grad()
+    def sheet(path):
+        generator = step_generator(args.seed, -2)
+        video = rgb_views(*draw_clips(dataset, 4, phases[-1][1], args.size, generator), generator)
+        result = vae.decode(vae.encode(video, chunk=None), chunk=None)
+        opaque = np.full((phases[-1][1], args.size, args.size), 255, np.uint8)
+        to_clip = lambda x: (rearrange((x + 1) * 127.5, "c t h w -> t h w c").clamp(0, 255).byte().numpy(), opaque)
+        contact_sheet(path, [to_clip(x) for pair in zip(video, result) for x in pair])
+
+    fit(args, run, vae, make_optimizers(vae.parameters(), args.lr, args.muon), sum(p[0] for p in phases), loss, sheet)
+    vae.requires_grad_(False)
+    measure_statistics(vae, dataset, phases[-1][1], args.size, args.seed)
+    statistics = {name: json.dumps(getattr(vae.config, name)) for name in ("mean", "std")}
+    save_tensors(Path(args.out) / "Wan2.1_VAE.safetensors", stored(vae.state_dict(), args.half), statistics)
+
+
+def train_rgba(args, dataset, run: Path):
+    vgg = VGG(args.vgg) if args.perceptual else None
+    vae = load_vae(find_vae(args.base))
+    dim = vae.encoder.head[2].weight.shape[1]
+    middle = FeatureMerge(2 * dim, vae.config.z_dim, dim)
+    middle.start_as_rgb(vae)
+    rgba = RGBAVAE(vae, middle).add_adapters(args.rank)
+    options = dict(vgg=vgg, perceptual=args.perceptual, tabd=args.tabd, tabd_clamp=args.tabd_clamp)
+    if args.tabd:
+        with torch.no_grad():
+            options |= dict(dit=load_dit(args.base).requires_grad_(False), empty=load_text_encoder(args.base)([""])[0])
+    if args.compile:
+        compile_blocks(rgba)
+    phases = parse_schedule(args.schedule)
+
+    def loss(step, generator):
+        frames, side, batch = phase_at(phases, step)
+        rgb, alpha = (x.to(memory_format=torch.channels_last_3d) for x in draw_clips(dataset, batch, frames, side, generator))
+        with precision(args):
+            return rgba_step(rgba, rgb, alpha, generator, **options)
+
+    def sheet(path):
+        clips = [dataset.clip(i) for i in range(min(4, len(dataset)))]
+        contact_sheet(path, [row for clip in clips for row in (clip, reconstruct(rgba, *clip))])
+
+    fit(args, run, rgba, make_optimizers(rgba.parameters(), args.lr, args.muon), sum(p[0] for p in phases), loss, sheet)
+    save_tensors(Path(args.out) / "Wan-Alpha-v2-VAE.safetensors", stored(rgba.adapter_state(), args.half))
+
+
+def run_eval(args):
+    rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter or Path(args.base) / "Wan-Alpha-v2-VAE.safetensors")
+    clips = [procedural_clip(10 ** 9 + i, args.size, 17, split="test") for i in range(64)]
+    scores = {"unseen clips": evaluate(rgba, [(clip.rgb, clip.alpha) for clip in clips])}
+    if args.stills:
+        stills = RGBADataset(args.stills, args.size, frames=1)
+        scores["stills"] = evaluate(rgba, [stills.clip(i) for i in range(len(stills))])
+    for title, rows in scores.items():
+        print_scores(title, rows)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    if args.eval:
+        return run_eval(args)
+    dataset = RGBADataset(args.data, args.size, max(p[1] for p in parse_schedule(args.schedule)))
+    run = Path(args.out) / f"vae-{args.stage}"
+    record_run(run, args)
+    (train_base if args.stage == "base" else train_rgba)(args, dataset, run)
+
+
+if __name__ == "__main__":
+    sys.exit(one_sentence(main))
