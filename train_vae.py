@@ -69,19 +69,26 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def make_optimizers(parameters, lr: float, muon: bool, weight_decay=0.01) -> list:
-    """AdamW for everything; with muon=True matrices and kernels (seen as c_out x rest) get Muon, whose step has AdamW's size."""
-    parameters = [p for p in parameters if p.requires_grad]
-    matrices = [p for p in parameters if muon and p.dim() >= 2 and min(p.shape[0], p[0].numel()) >= 8]
-    ids = {id(p) for p in matrices}
-    optimizers = [torch.optim.AdamW([p for p in parameters if id(p) not in ids], lr, weight_decay=weight_decay)]
-    if matrices:
-        views = [nn.Parameter(p.detach().flatten(1)) for p in matrices]       # the same memory, two axes
-        optimizers.append(torch.optim.Muon(views, lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+def make_optimizers(module: nn.Module, args) -> list:
+    """AdamW for what trains in `module`; with --muon, matrices and kernels (seen as c_out x rest) get Muon, whose step has AdamW's size.
+    LoRA's B, which starts at zero behind a scale of 1/rank, takes steps --lora-plus times as large (arXiv 2402.12354)."""
+    trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
+    matrices = [k for k, p in trained.items() if args.muon and p.dim() >= 2 and min(p.shape[0], p[0].numel()) >= 8]
+    views = {k: nn.Parameter(trained[k].detach().flatten(1)) for k in matrices}       # the same memory, two axes
 
-        def hand_over_gradients(*_):
-            for view, p in zip(views, matrices):
-                view.grad = None if p.grad is None else p.grad.flatten(1)
+    def groups(parameters):
+        by_scale = {}
+        for name, p in parameters.items():
+            by_scale.setdefault(args.lora_plus if name.endswith("lora_B") else 1, []).append(p)
+        return [dict(params=params, scale=scale) for scale, params in by_scale.items()]
+
+    def hand_over_gradients(*_):
+        for name, view in views.items():
+            grad = trained[name].grad
+            view.grad = None if grad is None else grad.flatten(1)
+    optimizers = [torch.optim.AdamW(groups({k: p for k, p in trained.items() if k not in views}), args.lr)]
+    if views:
+        optimizers.append(torch.optim.Muon(groups(views), args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
         optimizers[-1].register_step_pre_hook(hand_over_gradients)
     return optimizers
 
@@ -122,9 +129,9 @@ def fit(args, run: Path, model: nn.Module, optimizers, steps: int, loss_fn, shee
             torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, steps, args.lr)
+                    group["lr"] = group["scale"] * learning_rate(step, steps, args.lr)
                 optimizer.step()
-            sums = {k: sums.get(k, 0) + float(v) for k, v in parts.items()}
+            sums = {k: sums.get(k, 0) + v.item() for k, v in parts.items()}
             if not math.isfinite(sums["loss"]):
                 raise ValueError(f"the loss is not finite at step {step}; {checkpoint} holds the last good state, try a smaller --lr")
             if (step + 1) % args.log_every == 0 or step + 1 == steps:
@@ -204,10 +211,10 @@ def base_step(vae: WanVAE, video, generator, kl_weight: float) -> dict:
 
 
 @torch.no_grad()
-def measure_statistics(vae: WanVAE, dataset, frames: int, side: int, seed: int, batches: int = 32) -> WanVAE:
+def measure_statistics(vae: WanVAE, dataset, frames: int, side: int, seed: int) -> WanVAE:
     """Mean and deviation of the raw latent over the data, per channel: MEAN and STD of a VAE trained here."""
     generator, total, square, count = step_generator(seed, -1), 0, 0, 0
-    for _ in tqdm(range(batches), desc="latent statistics"):
+    for _ in tqdm(range(min(32, 1 + len(dataset) // 8)), desc="latent statistics"):
         raw = vae.moments(vae.features(rgb_views(*draw_clips(dataset, 8, frames, side, generator), generator)))[0].double()
         total, square = total + raw.sum((0, 2, 3, 4)), square + raw.square().sum((0, 2, 3, 4))
         count += raw[:, 0].numel()
@@ -269,7 +276,7 @@ def evaluate(rgba: RGBAVAE, clips) -> list[dict]:
     for rgb, alpha in tqdm(clips, desc="autoencode"):
         rgb_hat, alpha_hat = reconstruct(rgba, rgb, alpha)
         region = object_region(alpha)
-        renders = [[over(x, a, np.broadcast_to(np.uint8((c + 1) / 2 * 255), x.shape[1:])) for c in PALETTE.numpy()]
+        renders = [[over(x, a, (c + 1) / 2 * 255) for c in PALETTE.numpy()]
                    for x, a in ((rgb, alpha), (rgb_hat, alpha_hat))]
         rows.append({
             "soft render": np.mean([psnr(x, y) for x, y in zip(*renders)]), "alpha": psnr(alpha, alpha_hat),
@@ -301,6 +308,7 @@ def parse_args(argv=None):
     add("--schedule", help="phases steps:frames:side:batch,... ; default: the paper's 75000:17:272:2 for rgba")
     add("--lr", type=float, default=1e-4, help="peak learning rate")
     add("--muon", action="store_true", help="Muon for matrices and kernels, AdamW for the rest; without: AdamW for all")
+    add("--lora-plus", type=float, default=1.0, help="how many times larger the steps of LoRA's B are")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--rank", type=int, default=128, help="rank of the decoders' LoRA")
     add("--perceptual", type=float, default=1.0, help="weight of the VGG term; 0 trains without it")
@@ -363,7 +371,7 @@ def train_base(args, dataset, run: Path):
         to_clip = lambda x: (rearrange((x + 1) * 127.5, "c t h w -> t h w c").clamp(0, 255).byte().numpy(), opaque)
         contact_sheet(path, [to_clip(x) for pair in zip(video, result) for x in pair])
 
-    fit(args, run, vae, make_optimizers(vae.parameters(), args.lr, args.muon), sum(p[0] for p in phases), loss, sheet)
+    fit(args, run, vae, make_optimizers(vae, args), sum(p[0] for p in phases), loss, sheet)
     vae.requires_grad_(False)
     measure_statistics(vae, dataset, phases[-1][1], args.size, args.seed)
     statistics = {name: json.dumps(getattr(vae.config, name)) for name in ("mean", "std")}
@@ -395,7 +403,7 @@ def train_rgba(args, dataset, run: Path):
         clips = [dataset.clip(i) for i in range(min(4, len(dataset)))]
         contact_sheet(path, [row for clip in clips for row in (clip, reconstruct(rgba, *clip))])
 
-    fit(args, run, rgba, make_optimizers(rgba.parameters(), args.lr, args.muon), sum(p[0] for p in phases), loss, sheet)
+    fit(args, run, rgba, make_optimizers(rgba, args), sum(p[0] for p in phases), loss, sheet)
     save_tensors(Path(args.out) / "Wan-Alpha-v2-VAE.safetensors", stored(rgba.adapter_state(), args.half))
 
 

@@ -1,0 +1,2247 @@
+"""Tests that read like the specification: parity with the official numbers, properties, learning, resume, wrong input.
+
+`official` holds what the official code (commit 5804410) returned for small models whose weights `named` rebuilds from their names.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+import zlib
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import processors
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import dora
+import generate
+import train_dit
+import train_vae
+from data import (COLORS, MATERIALS, MOTIONS, RGBADataset, SHAPES, bleed, cache_key, caption_of, checkerboard,
+                  contact_sheet, held_out, over, procedural_clip, read_rgba, save_tensors, write_rgba)
+from dit import DiTConfig, WAN_14B, WAN_1_3B, WanDiT, load_dit, read_config, rope_table, rotate, sinusoids
+from dora import (adapted_layers, adapter_state, add_dora, add_lora, load_adapter_state, merge_adapter, merge_tensor,
+                  parse_adapter, read_adapter)
+from losses import (PALETTE, VGG, edge_loss, gradient_magnitude, hard_render, random_colors, reconstruction_loss,
+                    rgba_loss, soft_render, tabd_loss, tabd_mask)
+from merge import FeatureMerge, RGBAVAE, load_rgba_vae
+from sampler import (ellipse_mask, euler, filled_ellipse, fit_ellipse, flow_target, gaussian, gaussian_mask, guide,
+                     interpolate, load_mask, mask_from_alpha, parse_ellipse, sample_sigma, shift_noise,
+                     shifted_sigmas, training_sigmas, training_weights, unipc)
+from text import T5Config, TextEncoder, UMT5, clean_prompt, distance_buckets, load_text_encoder, make_tokenizer
+from vae import CausalConv3d, VAEConfig, WanVAE, load_vae, vae_config
+
+ROOT = Path(__file__).parent
+official = load_file(ROOT / "assets/official.safetensors")
+
+
+def named(key, shape):
+    """The tensor that the parity file's weights and inputs are made of: every name gives its own numbers."""
+    x = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(tuple(shape), dtype=np.float32)
+    last = key.split(".")[-1]
+    if last == "gamma" or "magnitude" in key or (last == "weight" and len(shape) == 1):
+        x = 1 + 0.1 * x
+    elif last in ("bias", "modulation"):
+        x = 0.1 * x
+    elif len(shape) >= 2:
+        x = x / np.float32(np.sqrt(np.prod(shape[1:])))
+    return torch.from_numpy(np.asarray(x, dtype=np.float32))
+
+
+def named_like(module, prefix=""):
+    return {k: named(prefix + k, v.shape) for k, v in module.state_dict().items()}
+
+
+def close(a, b, tol=1e-4):
+    assert a.shape == b.shape, (a.shape, b.shape)
+    error = (a.float() - b.float()).abs().max() / b.float().std()
+    assert error <= tol, f"off by {error:.2e} of the deviation"
+
+
+# ---- the VAE, the merge block, the RGBA VAE
+
+
+def tiny_vae():
+    vae = WanVAE(VAEConfig(dim=8)).eval().requires_grad_(False)
+    vae.load_state_dict(named_like(vae))
+    return vae
+
+
+def smooth_video(key, c):
+    x = named(key, (1, c, 9, 32, 48))
+    return torch.tanh(F.avg_pool3d(3 * x, (1, 5, 5), 1, (0, 2, 2)))
+
+
+def official_videos():
+    return smooth_video("vae_tiny.rgb", 3), smooth_video("vae_tiny.alpha", 1).repeat(1, 3, 1, 1, 1)
+
+
+def official_adapter(vae, rank=4):
+    """The merge block and both LoRAs of the parity file, in the layout of *-VAE.bin."""
+    middle = FeatureMerge(64, 16, 32)
+    rgba = RGBAVAE(vae, middle).add_adapters(rank)
+    adapter = {k: named(k, v.shape) * (3 if ".lora_B." in k else 1) for k, v in rgba.adapter_state().items()}
+    return {k: v for k, v in adapter.items()}
+
+
+def test_vae_parity():
+    vae, (rgb, alpha) = tiny_vae(), official_videos()
+    close(vae.features(rgb), official["vae_tiny.features"])
+    close(vae.encode(rgb), official["vae_tiny.encode"])
+    close(vae.decode(official["vae_tiny.encode"]), official["vae_tiny.decode"])
+
+
+def test_vae_has_the_keys_of_wan():
+    with torch.device("meta"):
+        state = WanVAE().state_dict()
+    assert len(state) == 194 and sum(v.numel() for v in state.values()) == 126_892_531
+    assert state["decoder.upsamples.3.time_conv.weight"].shape == (768, 384, 3, 1, 1)
+    assert vae_config(state) == VAEConfig()
+
+
+@pytest.mark.parametrize("chunk", [4, 8, 12, None])
+def test_vae_encoding_is_the_same_in_any_chunks(chunk):
+    vae, video = tiny_vae(), named("stream", (1, 3, 17, 16, 16))
+    close(vae.encode(video, chunk), vae.encode(video, 4), 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4])
+def test_vae_decoding_is_the_same_in_any_chunks(chunk):
+    vae, z = tiny_vae(), named("stream", (1, 16, 5, 2, 2))
+    close(vae.decode(z, chunk), vae.decode(z, None), 1e-5)
+
+
+def test_vae_is_causal():
+    vae, video, z = tiny_vae(), named("causal", (1, 3, 13, 16, 16)), named("causal", (1, 16, 4, 2, 2))
+    later, later_z = video.clone(), z.clone()
+    later[:, :, 9:] = 0
+    later_z[:, :, 3:] = 0
+    same, changed = vae.encode(video, None) - vae.encode(later, None), vae.decode(z, None) - vae.decode(later_z, None)
+    assert same[:, :, :3].abs().max() == 0 and same[:, :, 3:].abs().max() > 0
+    assert changed[:, :, :9].abs().max() == 0 and changed[:, :, 9:].abs().max() > 0
+
+
+def test_vae_memory_does_not_grow_with_the_clip():
+    """What a streamed decoding keeps between two pieces, weights and output aside, is the cache: as large after 3 as after 12 latent frames."""
+    def kept(t):
+        vae, cache = tiny_vae(), {}
+        for frame in named("memory", (1, 16, t, 2, 2)).split(1, dim=2):
+            vae.decoder(vae.conv2(frame), cache)
+        tensors = [v for v in cache.values() if isinstance(v, torch.Tensor)]
+        assert all(v.untyped_storage().nbytes() == v.nbytes for v in tensors)       # copies, not views of whole chunks
+        return sum(v.nbytes for v in tensors)
+    assert kept(3) == kept(12) > 0
+
+
+def test_vae_second_latent_frame_starts_its_history_anew():
+    """Upsampling in time sees zeros, not the first frame, before the second one."""
+    up = tiny_vae().decoder.upsamples[3]
+    x = named("history", (1, 32, 3, 4, 4))
+    other = x.clone()
+    other[:, :, 0] = 0
+    assert torch.equal(up(x)[:, :, 1:], up(other)[:, :, 1:])
+    down = tiny_vae().encoder.downsamples[5]
+    x = named("history", (1, 16, 5, 4, 4))
+    other = x.clone()
+    other[:, :, 0] = 0
+    assert not torch.equal(down(x)[:, :, 1:], down(other)[:, :, 1:])       # downsampling does see it
+
+
+def test_vae_refuses_wrong_sizes_and_files(tmp_path):
+    with pytest.raises(ValueError, match="4k.1"):
+        tiny_vae().encode(torch.zeros(1, 3, 8, 16, 16))
+    with pytest.raises(ValueError, match="divisible by 8"):
+        tiny_vae().encode(torch.zeros(1, 3, 5, 12, 16))
+    for name, content in {"text.pth": b"not a checkpoint", "cut.safetensors": b"\x10\0\0\0\0\0\0\0{"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            load_vae(tmp_path / name)
+    torch.save({"a": torch.ones(2)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="not a Wan VAE"):
+        load_vae(tmp_path / "other.pth")
+    state = named_like(WanVAE(VAEConfig(dim=8)))
+    del state["conv1.bias"]
+    torch.save(state | {"extra": torch.ones(1)}, tmp_path / "short.pth")
+    with pytest.raises(ValueError, match="missing conv1.bias; unexpected extra"):
+        load_vae(tmp_path / "short.pth")
+
+
+def test_vae_loads_pth_and_safetensors_with_their_statistics(tmp_path):
+    vae = WanVAE(VAEConfig(dim=8, num_res_blocks=1))
+    torch.save(vae.state_dict(), tmp_path / "Wan2.1_VAE.pth")
+    assert load_vae(tmp_path / "Wan2.1_VAE.pth").config == vae.config
+    mean, std = tuple(map(float, range(16))), tuple(map(float, range(1, 17)))
+    save_file(vae.state_dict(), tmp_path / "v.safetensors", dict(mean=json.dumps(mean), std=json.dumps(std)))
+    again = load_vae(tmp_path / "v.safetensors")
+    assert again.config.mean == mean and again.config.std == std
+    assert torch.equal(again.decoder.conv1.weight, vae.decoder.conv1.weight)
+
+
+def test_merge_block_and_both_decoders_are_official(tmp_path):
+    vae, (rgb, alpha) = tiny_vae(), official_videos()
+    torch.save(vae.state_dict(), tmp_path / "Wan2.1_VAE.pth")
+    torch.save(official_adapter(vae), tmp_path / "VAE.bin")
+    rgba = load_rgba_vae(tmp_path / "Wan2.1_VAE.pth", tmp_path / "VAE.bin")
+    raw = rgba.merged(rgb, alpha)
+    close(raw, official["vae_tiny.merged_raw"])
+    close(vae.normalize(raw), official["vae_tiny.merged"])
+    colour, matte = rgba.decode(official["vae_tiny.merged"])
+    close(colour, official["vae_tiny.vae_fgr.decode"])
+    close(matte, (official["vae_tiny.vae_pha.decode"].mean(1, keepdim=True) + 1) / 2)
+
+
+def test_rgba_streaming_is_exact():
+    vae = tiny_vae()
+    middle = FeatureMerge(64, 16, 32)
+    middle.load_state_dict(named_like(middle, "middle."))
+    rgba, rgb, alpha = RGBAVAE(vae, middle), named("rgb", (1, 3, 17, 16, 16)), named("alpha", (1, 1, 17, 16, 16)).sigmoid()
+    with torch.no_grad():
+        close(rgba.encode(rgb, alpha, chunk=8), rgba.encode(rgb, alpha, chunk=None), 1e-5)
+
+
+def test_merge_block_starts_as_the_base_encoder():
+    vae, (rgb, alpha) = tiny_vae(), official_videos()
+    middle = FeatureMerge(64, 16, 32)
+    middle.load_state_dict(named_like(middle, "middle."))
+    middle.start_as_rgb(vae)
+    with torch.no_grad():
+        close(vae.normalize(RGBAVAE(vae, middle).merged(rgb, alpha)), vae.encode(rgb))
+
+
+def test_decoder_bin_decodes_only_and_frozen_copies_are_skipped(tmp_path):
+    vae = tiny_vae()
+    adapter = official_adapter(vae)
+    torch.save(vae.state_dict(), tmp_path / "v.pth")
+    torch.save({k: v for k, v in adapter.items() if not k.startswith("middle")}, tmp_path / "decoder.bin")
+    rgba = load_rgba_vae(tmp_path / "v.pth", tmp_path / "decoder.bin")
+    with pytest.raises(ValueError, match="decoders only"):
+        rgba.encode(torch.zeros(1, 3, 1, 16, 16), torch.zeros(1, 1, 1, 16, 16))
+    frozen = {"vae_fgr.decoder.conv1.conv3D.base_layer.weight": torch.zeros(3), "vae_pha.encoder.conv1.weight": torch.zeros(3)}
+    torch.save(adapter | frozen, tmp_path / "VAE.bin")
+    z = named("z", (1, 16, 1, 2, 2))
+    assert torch.equal(load_rgba_vae(tmp_path / "v.pth", tmp_path / "VAE.bin").decode(z)[0], rgba.decode(z)[0])
+    torch.save(adapter | {"surprise.weight": torch.zeros(3)}, tmp_path / "VAE.bin")
+    with pytest.raises(ValueError, match="surprise.weight"):
+        load_rgba_vae(tmp_path / "v.pth", tmp_path / "VAE.bin")
+
+
+# ---- LoRA and DoRA
+
+
+class TwoFrameConv(nn.Conv3d):
+    """A causal convolution with a forward of its own: pads on the left in time, or continues from cached frames."""
+
+    def forward(self, x, cache=None):
+        x = F.pad(x, (1, 1, 1, 1, 2 if cache is None else 0, 0))
+        return super().forward(x if cache is None else torch.cat([F.pad(cache, (1, 1, 1, 1)), x], 2))
+
+
+DORA_LAYERS = {"linear": (lambda: nn.Linear(6, 10), (2, 5, 6)),
+               "square": (lambda: nn.Linear(8, 8, bias=False), (2, 5, 8)),
+               "conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 7, 7)),
+               "conv3d": (lambda: nn.Conv3d(4, 6, 3, padding=1), (1, 4, 3, 5, 5)),
+               "causal": (lambda: TwoFrameConv(4, 6, 3), (1, 4, 3, 5, 5))}
+
+
+def adapted_toy(kind, add, seed=0):
+    """A plain model of one layer, the same with an adapter whose B and m are not at their start, and an input."""
+    torch.manual_seed(seed)
+    make, shape = DORA_LAYERS[kind]
+    plain = nn.Sequential(make())
+    adapted = add(copy.deepcopy(plain), 3, 6.0, ".*")
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "magnitude" in name:
+            parameter.data += 0.5 * torch.rand_like(parameter)
+    return plain, adapted, torch.randn(shape)
+
+
+def dora_toy_block():
+    """The block weights of the parity file's small DiT, by name."""
+    state = {}
+    for p in ("blocks.0", "blocks.1"):
+        shapes = {f"{p}.{a}.{layer}": (48, 48) for a in ("self_attn", "cross_attn") for layer in "qkvo"}
+        shapes |= {f"{p}.ffn.0": (96, 48), f"{p}.ffn.2": (48, 96), f"{p}.norm3": (48,)}
+        for layer, shape in shapes.items():
+            state[f"{layer}.weight"] = named(f"{layer}.weight", shape)
+            state[f"{layer}.bias"] = named(f"{layer}.bias", shape[:1])
+        norms = [f"{p}.{a}.{norm}.weight" for a in ("self_attn", "cross_attn") for norm in ("norm_q", "norm_k")]
+        state |= {norm: named(norm, (48,)) for norm in norms}
+        state[f"{p}.modulation"] = named(f"{p}.modulation", (1, 6, 48))
+    return state
+
+
+def dora_file(state):
+    adapter = {}
+    for layer in [name[:-7] for name, weight in state.items() if weight.ndim == 2]:
+        o, i = state[layer + ".weight"].shape
+        for part, shape in (("lora_A", (4, i)), ("lora_B", (o, 4)), ("lora_magnitude_vector", (o,))):
+            adapter[f"{layer}.{part}.default.weight"] = named(f"{layer}.{part}.default.weight", shape)
+    return adapter
+
+
+def lightx2v_file(state):
+    adapter = {}
+    for name, weight in state.items():
+        layer = "diffusion_model." + name.rpartition(".")[0]
+        if weight.ndim == 2:
+            adapter[f"{layer}.lora_down.weight"] = named(f"{layer}.lora_down.weight", (3, weight.shape[1]))
+            adapter[f"{layer}.lora_up.weight"] = 0.5 * named(f"{layer}.lora_up.weight", (weight.shape[0], 3))
+            adapter[f"{layer}.diff_b"] = named(f"{layer}.bias", weight.shape[:1])
+        elif "norm" in name and name.endswith("weight"):
+            adapter[f"{layer}.diff"] = 0.05 * named(f"{layer}.diff", weight.shape)
+    return adapter
+
+
+def test_dora_merge_equals_official():
+    state = dora_toy_block()
+    first = merge_adapter(state, dora_file(state))
+    close(first["blocks.0.self_attn.q.weight"], official["dit_tiny.q0_dora"])
+    both = merge_adapter(first, lightx2v_file(state))
+    close(both["blocks.0.ffn.0.weight"], official["dit_tiny.ffn0_all"])
+    close(both["blocks.0.self_attn.q.bias"], official["dit_tiny.qb_all"])
+    swapped = merge_adapter(merge_adapter(state, lightx2v_file(state)), dora_file(state))
+    with pytest.raises(AssertionError):
+        close(swapped["blocks.0.ffn.0.weight"], official["dit_tiny.ffn0_all"], tol=0.1)
+
+
+@pytest.mark.parametrize("add", [add_lora, add_dora])
+@pytest.mark.parametrize("kind", DORA_LAYERS)
+def test_dora_merged_equals_unmerged(kind, add):
+    plain, adapted, x = adapted_toy(kind, add)
+    before, unmerged = plain(x), adapted(x)
+    merged = merge_adapter(plain.state_dict(), adapter_state(adapted), scale=2.0)     # alpha / rank = 6 / 3
+    assert (unmerged - before).std() > 0.1 * before.std()
+    close(torch.func.functional_call(plain, merged, x), unmerged, tol=1e-5)
+
+
+@pytest.mark.parametrize("kind", DORA_LAYERS)
+def test_dora_starts_as_the_base_and_keeps_its_names(kind):
+    make, shape = DORA_LAYERS[kind]
+    plain, x = nn.Sequential(make()), torch.randn(shape)
+    adapted = add_dora(copy.deepcopy(plain), 3, 6.0, ".*")
+    close(adapted(x), plain(x), tol=1e-5)
+    assert adapted[0].lora_A.std() > 0 and not adapted[0].lora_B.any()
+    assert all(torch.equal(adapted.state_dict()[name], tensor) for name, tensor in plain.state_dict().items())
+    other = {name: torch.randn_like(tensor) for name, tensor in plain.state_dict().items()}
+    adapted.load_state_dict(other, strict=False)
+    assert all(torch.equal(adapted.state_dict()[name], tensor) for name, tensor in other.items())
+
+
+def test_dora_adapters_keep_the_causal_cache():
+    _, adapted, x = adapted_toy("causal", add_dora)
+    pieces = torch.cat([adapted[0](x[:, :, :2]), adapted[0](x[:, :, 2:], cache=x[:, :, :2])], 2)
+    close(pieces, adapted(x), tol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(10, 6), (8, 8), (6, 4, 3, 3, 3)])
+def test_dora_magnitude_is_the_length_of_each_output_row(shape):
+    weight, m = torch.randn(shape), 1 + torch.rand(shape[0])
+    merged = merge_tensor(weight, dora.Delta(magnitude=m, down=torch.randn(2, *shape[1:]),
+                                             up=torch.randn(shape[0], 2, *[1] * (len(shape) - 2))))
+    torch.testing.assert_close(merged.flatten(1).norm(dim=1), m)
+    assert not torch.allclose(merged.transpose(0, 1).flatten(1).norm(dim=1), torch.ones(shape[1]), atol=0.05)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_dora_norm_is_a_constant_in_backward(kind):
+    _, adapted, x = adapted_toy(kind, add_dora)
+    layer, down = adapted[0], adapted[0].lora_A.detach().requires_grad_()
+    adapted(x).square().sum().backward()
+
+    def gradient(constant):
+        base = layer.state_dict()["weight"]
+        weight = base + 2.0 * (layer.lora_B.detach().flatten(1) @ down.flatten(1)).view_as(base)
+        norm = weight.flatten(1).norm(dim=1)
+        norm = norm.detach() if constant else norm
+        weight = weight * (layer.magnitude.detach() / norm).view(-1, *[1] * (base.ndim - 1))
+        y = F.linear(x, weight, layer.bias) if base.ndim == 2 else F.conv2d(x, weight, layer.bias, stride=2, padding=1)
+        return torch.autograd.grad(y.square().sum(), down)[0]
+
+    close(layer.lora_A.grad, gradient(constant=True), tol=1e-5)
+    with pytest.raises(AssertionError):
+        close(layer.lora_A.grad, gradient(constant=False), tol=1e-2)
+
+
+def test_dora_makes_one_dense_product_and_no_dense_gradient():
+    n, i, o, r = 64, 48, 96, 2
+    layer = add_dora(nn.Sequential(nn.Linear(i, o)), r, r, ".*")
+    x, shapes = torch.randn(n, i, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (shapes.append(t.shape), t)[1], lambda t: t):
+        with FlopCounterMode(display=False) as forward:
+            y = layer(x)
+        with FlopCounterMode(display=False) as backward:
+            y.sum().backward()
+    small = 2 * n * r * (i + o)                                    # x A^T and B, each time they are used
+    assert forward.get_total_flops() == 2 * n * i * o + small + 2 * o * i * r       # the last: B A for the norm
+    assert backward.get_total_flops() == 2 * n * i * o + 2 * small               # a weight gradient: 2 n i o more
+    assert layer[0].weight.grad is None and not layer[0].weight.requires_grad
+    assert sum(shape in [(o, i), (i, o)] for shape in shapes) <= 1                  # W itself, and never W'
+
+
+def test_dora_only_adapters_train():
+    model = add_lora(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Conv2d(4, 4, 3)), 2, 2, r"[02]")
+    add_dora(nested := nn.ModuleDict({"a": model, "q": nn.Linear(4, 4)}), 2, 2, ["q"])
+    trained = {name for name, parameter in nested.named_parameters() if parameter.requires_grad}
+    assert trained == {"a.0.lora_A", "a.0.lora_B", "a.2.lora_A", "a.2.lora_B", "q.lora_A", "q.lora_B", "q.magnitude"}
+
+
+def test_dora_trains_half_precision_bases_with_float32_adapters():
+    model = add_dora(nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 4)).bfloat16(), 3, 3, ".*")
+    y = model(torch.randn(5, 6, dtype=torch.bfloat16))
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and model[0].lora_B.grad.dtype == model[0].magnitude.grad.dtype == torch.float32
+    assert all(tensor.dtype == torch.float32 for tensor in adapter_state(model).values())
+
+
+def test_dora_targets_are_a_whole_name_or_its_endings():
+    def model():
+        block = {"q": nn.Linear(4, 4), "norm_q": nn.Linear(4, 4), "ffn": nn.Sequential(nn.Linear(4, 8))}
+        return nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict(block)]), "patch": nn.Conv3d(3, 4, 2)})
+
+    every = {"blocks.0.q", "blocks.0.norm_q", "blocks.0.ffn.0", "patch"}
+    assert set(adapted_layers(add_lora(model(), 2, 2, ".*"))) == every
+    assert set(adapted_layers(add_lora(model(), 2, 2, r"blocks\.\d+\..*q"))) == {"blocks.0.q", "blocks.0.norm_q"}
+    assert set(adapted_layers(add_lora(model(), 2, 2, ["q", "ffn.0"]))) == {"blocks.0.q", "blocks.0.ffn.0"}
+    for bad in ("blocks", ["q", "fnn.0"]):
+        with pytest.raises(ValueError, match="blocks|fnn.0"):
+            add_lora(model(), 2, 2, bad)
+    with pytest.raises(ValueError, match="blocks.0.q"):
+        add_dora(add_lora(model(), 2, 2, ["q"]), 2, 2, ".*")
+
+
+def test_dora_names_are_the_official_ones():
+    decoder = nn.ModuleDict({"conv1": TwoFrameConv(16, 32, 3), "to_qkv": nn.Conv2d(32, 96, 1)})
+    add_lora(vae := nn.ModuleDict({"decoder": decoder}), 4, 1.0, r"decoder\..*")
+    assert {key: tuple(tensor.shape) for key, tensor in adapter_state(vae).items()} == {
+        "decoder.conv1.conv3D.lora_A.default.weight": (4, 16, 3, 3, 3),
+        "decoder.conv1.conv3D.lora_B.default.weight": (32, 4, 1, 1, 1),
+        "decoder.to_qkv.lora_A.default.weight": (4, 32, 1, 1),
+        "decoder.to_qkv.lora_B.default.weight": (96, 4, 1, 1)}
+    assert adapted_layers(vae)["decoder.conv1"].lora_scale == 0.25
+    attention = nn.ModuleDict({"q": nn.Linear(8, 12)})
+    add_dora(dit := nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"self_attn": attention})])}), 4, 4, ["q"])
+    assert {key: tuple(tensor.shape) for key, tensor in adapter_state(dit).items()} == {
+        "blocks.0.self_attn.q.lora_A.default.weight": (4, 8),
+        "blocks.0.self_attn.q.lora_B.default.weight": (12, 4),
+        "blocks.0.self_attn.q.lora_magnitude_vector.default.weight": (12,)}
+
+
+@pytest.mark.parametrize("kind", DORA_LAYERS)
+def test_dora_state_loads_back_strictly(kind):
+    _, adapted, x = adapted_toy(kind, add_dora)
+    state = {key: tensor.clone() for key, tensor in adapter_state(adapted).items()}
+    _, other, _ = adapted_toy(kind, add_dora, seed=1)
+    other.load_state_dict(adapted.state_dict())
+    for name, parameter in other.named_parameters():
+        parameter.data += 1.0 * parameter.requires_grad
+    load_adapter_state(other, {"base_model.model." + key.replace(".default", ""): t for key, t in state.items()})
+    assert torch.equal(other(x), adapted(x))
+    key = next(iter(state))
+    fewer = {k: tensor for k, tensor in state.items() if k != key}
+    for bad in (fewer, state | {"1.lora_A.weight": x}, state | {key: state[key][:1]}):
+        with pytest.raises(ValueError, match="lora_A"):
+            load_adapter_state(other, bad)
+
+
+def dora_respelled(adapter, dialect):
+    """The keys of `dora_file` in another dialect; scaled so that alpha / r makes up for it where there is an alpha."""
+    short = {key.replace(".default", ""): tensor for key, tensor in adapter.items()}
+    if dialect == "peft":
+        return {"base_model.model." + key: tensor for key, tensor in short.items()}
+    if dialect == "comfy":
+        return {"diffusion_model." + key.replace("_vector.weight", "_vector"): tensor for key, tensor in short.items()}
+    if dialect == "causal":
+        return {key.replace(".lora", ".conv3D.lora").replace("lora_magn", "magn"): t for key, t in adapter.items()}
+    down_up = {key.replace("lora_A", "lora_down").replace("lora_B", "lora_up"): t for key, t in short.items()}
+    if dialect == "lightx2v":
+        return {"diffusion_model." + key: tensor for key, tensor in down_up.items()}
+    layers = {key.rpartition(".lora_")[0] for key in short}
+    halved = {key: tensor * 2 if "lora_up" in key else tensor for key, tensor in down_up.items()}
+    halved |= {layer + ".alpha": torch.tensor(2.0) for layer in layers}              # s = 2 / 4
+    if dialect == "alpha":
+        return halved
+    return {f"{dialect}{layer.replace('.', '_')}.{key[len(layer) + 1:]}": tensor for layer in layers
+            for key, tensor in halved.items() if key.startswith(layer + ".")}
+
+
+@pytest.mark.parametrize("dialect", ["peft", "comfy", "causal", "lightx2v", "alpha", "lora_unet_", "lora_unet__"])
+def test_dora_every_dialect_merges_to_the_same(dialect):
+    state = dora_toy_block()
+    adapter = dora_file(state)
+    expected, respelled = merge_adapter(state, adapter, 0.5), dora_respelled(adapter, dialect)
+    assert len(respelled) >= len(adapter) and not set(respelled) & set(adapter)
+    merged = merge_adapter(state, respelled, 0.5)
+    assert all(torch.equal(merged[name], weight) for name, weight in expected.items())
+
+
+def test_dora_diffs_go_to_weight_bias_and_modulation():
+    state = dora_toy_block()
+    before = {name: weight.clone() for name, weight in state.items()}
+    adapter = {"diffusion_model.blocks.0.norm3.diff": torch.full((48,), 1.0),
+               "diffusion_model.blocks.0.norm3.diff_b": torch.full((48,), 2.0),
+               "diffusion_model.blocks.0.diff_m": torch.full((1, 6, 48), 3.0),
+               "diffusion_model.blocks.1.modulation.diff": torch.full((1, 6, 48), 4.0),
+               "blocks.1.ffn.0.diff": torch.ones(96, 48), "lora_unet_blocks_1_ffn_2.diff_b": torch.ones(48)}
+    added = {"blocks.0.norm3.weight": 1, "blocks.0.norm3.bias": 2, "blocks.0.modulation": 3, "blocks.1.modulation": 4,
+             "blocks.1.ffn.0.weight": 1, "blocks.1.ffn.2.bias": 1}
+    merged = merge_adapter(state, adapter, 0.5)
+    assert all(torch.equal(merged[name], before[name] + 0.5 * added.get(name, 0)) for name in before)
+    assert all(torch.equal(state[name], before[name]) for name in before)
+    assert all((merged[name] is state[name]) == (name not in added) for name in state)
+
+
+def test_dora_diff_of_a_weight_comes_after_its_norm():
+    delta = dora.Delta(down=torch.randn(2, 6), up=torch.randn(8, 2), magnitude=torch.ones(8), diff=torch.randn(8, 6))
+    merged = merge_tensor(torch.randn(8, 6), delta)
+    torch.testing.assert_close((merged - delta.diff).norm(dim=1), torch.ones(8))
+
+
+def test_dora_merge_is_float32_inside_and_keeps_the_dtype():
+    state = dora_toy_block()
+    half = {name: weight.bfloat16() for name, weight in state.items()}
+    exact = merge_adapter({name: weight.float() for name, weight in half.items()}, dora_file(state))
+    merged = merge_adapter(half, dora_file(state))
+    assert all(torch.equal(merged[name], exact[name].bfloat16()) for name in merged)
+
+
+def test_dora_parses_against_meta_tensors():
+    state = dora_toy_block()
+    deltas = parse_adapter(lightx2v_file(state), {name: weight.to("meta") for name, weight in state.items()})
+    merged = {name: merge_tensor(weight, deltas[name]) if name in deltas else weight for name, weight in state.items()}
+    expected = merge_adapter(state, lightx2v_file(state))
+    assert all(torch.equal(merged[name], expected[name]) for name in state)
+
+
+Q = "blocks.0.self_attn.q"
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"blocks.7.self_attn.q.lora_A.weight": (4, 48)}, "blocks.7.self_attn.q.lora_A.weight finds no target"),
+    ({f"{Q}.lora_C.weight": (4, 48)}, f"{Q}.lora_C.weight finds no target"),
+    ({f"{Q}.weight": (48, 48)}, f"{Q}.weight finds no target"),
+    ({f"{Q}.lora_A.weight": (4, 48)}, f"{Q}.lora_A.weight and {Q}.lora_A.default.weight are the same"),
+    ({f"{Q}.lora_A.default.weight": None}, f"{Q}.lora_B.default.weight stands without"),
+    ({f"{Q}.lora_A.default.weight": (4, 47)}, f"{Q}.lora_A.default.weight has shape (4, 47), not (4, 48)"),
+    ({f"{Q}.lora_B.default.weight": (48, 5)}, f"{Q}.lora_B.default.weight has shape (48, 5), not (48, 4)"),
+    ({f"{Q}.lora_magnitude_vector.default.weight": (1, 48)}, "default.weight has shape (1, 48), not (48,)"),
+    ({"blocks.0.norm3.diff": (49,)}, "blocks.0.norm3.diff has shape (49,), not (48,)"),
+    ({"blocks.0.norm3.alpha": ()}, "blocks.0.norm3.alpha stands without"),
+    ({f"{Q}.dora_scale": (1, 48)}, f"{Q}.dora_scale is a LyCORIS magnitude"),
+    ({f"{Q}.dora_scale": (48, 1)}, f"{Q}.dora_scale is a LyCORIS magnitude"),
+])
+def test_dora_key_without_target_is_refused(change, complaint):
+    state = dora_toy_block()
+    adapter = dora_file(state) | {key: shape and torch.zeros(shape) for key, shape in change.items() if shape != ()}
+    adapter |= {key: torch.tensor(1.0) for key, shape in change.items() if shape == ()}
+    with pytest.raises(ValueError) as error:
+        merge_adapter(state, {key: tensor for key, tensor in adapter.items() if tensor is not None})
+    assert complaint in str(error.value) and "\n" not in str(error.value)
+
+
+def test_dora_lists_ten_problems_at_most():
+    state = dora_toy_block()
+    other = {name: weight for name, weight in state.items() if name.startswith("blocks.0")}
+    with pytest.raises(ValueError) as error:
+        merge_adapter(other, dora_file(state))
+    assert str(error.value).count("finds no target") == 10 and "and 20 more" in str(error.value)
+
+
+class Opens:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["DORA_TRAP"],)
+
+
+def test_dora_reads_checkpoints_and_nothing_else(tmp_path, monkeypatch):
+    tensors = {"blocks.0.ffn.0.lora_A.weight": torch.randn(40, 50)}
+    torch.save(tensors, tmp_path / "good.bin")
+    save_file(tensors, tmp_path / "good.safetensors")
+    for good in ("good.bin", "good.safetensors"):
+        assert torch.equal(*(t["blocks.0.ffn.0.lora_A.weight"] for t in (read_adapter(tmp_path / good), tensors)))
+        data = (tmp_path / good).read_bytes()
+        (tmp_path / good.replace("good", "cut")).write_bytes(data[:len(data) // 2])
+        (tmp_path / good.replace("good", "empty")).write_bytes(b"")
+        (tmp_path / good.replace("good", "image")).write_bytes(b"\x89PNG\r\n\x1a\n" + data[:500])
+    torch.save({"step": 3}, tmp_path / "numbers.pth")
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    monkeypatch.setenv("DORA_TRAP", str(tmp_path / "sprung"))
+    torch.save(tensors | {"x": Opens()}, tmp_path / "code.pth")
+    (tmp_path / "old_code.pth").write_bytes(pickle.dumps({"x": Opens()}))
+    bad = [path for path in tmp_path.iterdir() if not path.name.startswith("good")]
+    assert len(bad) == 10
+    for path in bad:
+        with pytest.raises(ValueError, match=path.name):
+            read_adapter(path)
+    assert not (tmp_path / "sprung").exists()
+    with pytest.raises(FileNotFoundError, match="gone.bin"):
+        read_adapter(tmp_path / "gone.bin")
+
+
+def test_dora_shows_its_stage():
+    shown = subprocess.run([sys.executable, Path(dora.__file__)], capture_output=True, text=True, check=True).stdout
+    assert "0.lora_magnitude_vector.default.weight" in shown and "merged and unmerged differ by" in shown
+
+
+# ---- the diffusion transformer
+
+
+DIT_TINY = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=16)
+
+
+def tiny_dit():
+    model = WanDiT(DIT_TINY)
+    model.load_state_dict(named_like(model))
+    return model.requires_grad_(False)
+
+
+def dit_inputs():
+    return named("dit_tiny.z", (16, 3, 4, 6))[None], torch.tensor([750.0]), named("dit_tiny.context", (7, 32))[None]
+
+
+def dit_folder(folder, state=None, shards=1):
+    """A checkpoint folder of the tiny model: config.json and one file, or shards and their index."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel", "model_type": "t2v"} | asdict(DIT_TINY)))
+    state = tiny_dit().state_dict() if state is None else state
+    if shards == 1:
+        save_file(state, folder / "diffusion_pytorch_model.safetensors")
+        return folder
+    names = [f"diffusion_pytorch_model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    weight_map = {key: names[i % shards] for i, key in enumerate(state)}
+    for name in names:
+        save_file({key: state[key] for key in state if weight_map[key] == name}, folder / name)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def block_adapters(folder):
+    blocks = {name: p for name, p in tiny_dit().state_dict().items() if name.startswith("blocks.")}
+    save_file(dora_file(blocks), folder / "dora.safetensors")
+    save_file(lightx2v_file(blocks), folder / "distill.safetensors")
+    return (folder / "dora.safetensors", 1.0), (folder / "distill.safetensors", 1.0)
+
+
+def test_dit_equals_official():
+    model, (z, t, context) = tiny_dit(), dit_inputs()
+    close(model(z, t, context)[0], official["dit_tiny.v"])
+    two = model(torch.cat([torch.randn_like(z), z]), torch.tensor([20.0, 750.0]), [torch.randn(16, 32), context[0]])
+    close(two[1], official["dit_tiny.v"])
+
+
+def test_dit_has_the_official_names_and_sizes():
+    for config, tensors, parameters in ((WAN_1_3B, 825, 1_418_996_800), (WAN_14B, 1095, 14_288_491_584)):
+        with torch.device("meta"):
+            state = WanDiT(config).state_dict()
+        assert len(state) == tensors and sum(p.numel() for p in state.values()) == parameters
+    shapes = {name: tuple(p.shape) for name, p in state.items()}
+    assert shapes["patch_embedding.weight"] == (5120, 16, 1, 2, 2) and shapes["head.modulation"] == (1, 2, 5120)
+    assert shapes["text_embedding.0.weight"] == (5120, 4096) and shapes["time_embedding.0.weight"] == (5120, 256)
+    assert shapes["time_projection.1.weight"] == (30720, 5120) and shapes["head.head.weight"] == (64, 5120)
+    assert shapes["blocks.39.ffn.0.weight"] == (13824, 5120) and shapes["blocks.39.modulation"] == (1, 6, 5120)
+    layers = {name[9:-7] for name in shapes if name.startswith("blocks.7.") and name.endswith(".weight")}
+    attention = {f"{kind}_attn.{part}" for kind in ("self", "cross") for part in "q k v o norm_q norm_k".split()}
+    assert layers == attention | {"norm3", "ffn.0", "ffn.2"}
+
+
+@pytest.mark.parametrize("head_dim, pairs", [(128, (22, 21, 21)), (24, (4, 4, 4)), (32, (6, 5, 5)), (64, (12, 10, 10))])
+def test_dit_rope_splits_a_head_over_time_height_and_width(head_dim, pairs):
+    t, h, w = 3, 4, 5
+    cos, sin = rope_table(head_dim, t, h, w)
+    assert cos.shape == (t * h * w, head_dim // 2)
+    angle = torch.atan2(sin, cos)
+    at, ah, aw = (angle[position] for position in (h * w, w, 1))     # the tokens (1, 0, 0), (0, 1, 0), (0, 0, 1)
+    expected = [10000 ** (-i / k) for k in pairs for i in range(k)]
+    ends = [0, pairs[0], pairs[0] + pairs[1], head_dim // 2]
+    for row, first, last in zip((at, ah, aw), ends, ends[1:]):
+        assert torch.allclose(row[first:last], torch.tensor(expected[first:last]), atol=1e-6)
+        assert not row[:first].any() and not row[last:].any()
+
+
+def test_dit_attention_sees_relative_positions():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 24)
+    t, h, w = 3, 4, 5
+    rope = rope_table(24, t, h, w)
+    logits = (rotate(q.expand(1, 1, 60, 24), rope) @ rotate(k.expand(1, 1, 60, 24), rope).mT).view(t, h, w, t, h, w)
+    close(logits[:-1, :, :, :-1], logits[1:, :, :, 1:], 1e-5)
+    close(logits[:, :-1, :, :, :-1], logits[:, 1:, :, :, 1:], 1e-5)
+    close(logits[:, :, :-1, :, :, :-1], logits[:, :, 1:, :, :, 1:], 1e-5)
+    for axis in (3, 4, 5):
+        first, second = logits[0, 0, 0].movedim(axis - 3, 0)[:2]
+        assert (first - second).abs().min() > 1e-4       # every axis counts
+    assert torch.allclose(rotate(q.expand(1, 1, 60, 24), rope).norm(dim=-1), q.norm(), rtol=1e-5)
+
+
+def test_dit_pads_the_context_with_zeros_before_the_text_mlp_and_does_not_mask_them():
+    model, (z, t, context) = tiny_dit(), dit_inputs()
+    padded = torch.cat([context, torch.zeros(1, 9, 32)], dim=1)
+    assert torch.equal(model(z, t, context), model(z, t, padded))
+    assert not torch.allclose(model(z, t, context), model(z, t, torch.cat([context, context, context[:, :2]], dim=1)))
+    seen = []
+    model.text_embedding.register_forward_hook(lambda module, inputs, y: seen.append(y))
+    v = model(z, t, context)
+    assert seen[0].shape == (1, 16, 48) and seen[0][0, 7:].abs().min() > 0      # the MLP's answer to zeros is not zero
+    model.config = DiTConfig(**asdict(DIT_TINY) | {"text_len": 8})
+    assert (model(z, t, context) - v).abs().max() > 1e-3 * v.std()                # fewer zeros, another answer
+
+
+def test_dit_time_is_cosines_then_sines():
+    t = torch.tensor([0.0, 3.0, 750.0])
+    e = sinusoids(t, 256)
+    assert e.dtype == torch.float32 and torch.equal(e[0], torch.cat([torch.ones(128), torch.zeros(128)]))
+    for i in (0, 1, 64, 127):
+        assert math.isclose(e[2, i], math.cos(750 * 10000 ** (-i / 128)), abs_tol=1e-6)
+        assert math.isclose(e[1, 128 + i], math.sin(3 * 10000 ** (-i / 128)), abs_tol=1e-6)
+
+
+def test_dit_keeps_time_in_float32(tmp_path):
+    z, _, context = dit_inputs()
+    near, far = torch.tensor([988.49]), torch.tensor([987.17])
+    assert near.bfloat16() == far.bfloat16() == 988
+    plain = tiny_dit()
+    change = plain(z, near, context) - plain(z, far, context)
+    for model in (load_dit(dit_folder(tmp_path / "tiny"), dtype=torch.bfloat16), tiny_dit().bfloat16()):
+        v = model(z, near, context)
+        assert v.dtype == torch.float32
+        assert (v - plain(z, near, context)).std() < 0.05 * v.std()
+        assert (v - model(z, far, context) - change).std() < 0.5 * change.std()
+    rounded = plain(z, near.bfloat16().float(), context) - plain(z, far.bfloat16().float(), context)
+    assert not rounded.any()
+
+
+def test_dit_norms_modulation_and_stream_are_float32_for_bfloat16_weights(tmp_path):
+    model, (z, t, context) = load_dit(dit_folder(tmp_path / "tiny"), dtype=torch.bfloat16), dit_inputs()
+    kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert {"time_embedding.0.weight", "head.head.weight", "head.modulation", "blocks.0.modulation",
+            "blocks.1.norm3.bias", "blocks.1.self_attn.norm_q.weight"} <= kept and "blocks.0.ffn.0.weight" not in kept
+    dtypes = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda module, inputs, y, name=name: dtypes.update({name: y.dtype}))
+    model(z, t, context)
+    float32 = [dtypes[f"blocks.{i}{norm}"] for i in (0, 1) for norm in ("", ".norm1", ".norm2", ".norm3")]
+    bfloat16 = [dtypes[f"blocks.0.{layer}"] for layer in ("self_attn.q", "cross_attn.o", "ffn.0")]
+    assert set(float32) == {torch.float32} and set(bfloat16) == {torch.bfloat16}
+
+
+def test_dit_starts_at_zero_and_learns():
+    torch.manual_seed(0)
+    model, (z, t, context) = WanDiT(DIT_TINY), dit_inputs()
+    assert not model(z, t, context).any() and model.head.head.bias.requires_grad
+    assert model.blocks[0].norm3.weight.eq(1).all() and not model.blocks[0].ffn[0].bias.any()
+    target = torch.randn_like(z)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = (model(z, t, context) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_dit_blocks_can_be_checkpointed_from_outside():
+    model, (z, t, context) = tiny_dit().requires_grad_(True), dit_inputs()
+    model(z, t, context).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for block in model.blocks:
+        forward = block.forward
+        block.forward = lambda *inputs, f=forward: torch.utils.checkpoint.checkpoint(f, *inputs, use_reentrant=False)
+    model(z, t, context).square().sum().backward()
+    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+
+
+def test_dit_refuses_what_it_cannot_cut_or_hold():
+    model, (z, t, context) = tiny_dit(), dit_inputs()
+    with pytest.raises(ValueError, match=r"\(3, 4, 5\).*patches"):
+        model(z[..., :5], t, context)
+    with pytest.raises(ValueError, match="16 text tokens"):
+        model(z, t, torch.randn(1, 17, 32))
+
+
+def test_dit_folder_shards_and_single_file_are_the_same_model(tmp_path):
+    inputs = dit_inputs()
+    folder, sharded = dit_folder(tmp_path / "one"), dit_folder(tmp_path / "three", shards=3)
+    for path in (folder, sharded, folder / "diffusion_pytorch_model.safetensors", str(folder)):
+        model = load_dit(path)
+        assert model.config == DIT_TINY
+        close(model(*inputs)[0], official["dit_tiny.v"])
+    file = folder / "diffusion_pytorch_model.safetensors"
+    with open(file, "r+b") as opened:
+        opened.write(b" " * file.stat().st_size)
+    close(model(*inputs)[0], official["dit_tiny.v"])                        # the file is not the model's memory
+
+
+def test_dit_config_comes_from_the_tensors_where_no_file_says_it(tmp_path):
+    for config in (WAN_1_3B, WAN_14B):
+        with torch.device("meta"):
+            shapes = {name: tuple(p.shape) for name, p in WanDiT(config).state_dict().items()}
+        assert read_config(tmp_path / "model.safetensors", shapes) == config
+    path = dit_folder(tmp_path / "tiny") / "config.json"
+    assert DiTConfig(**{k: v for k, v in json.loads(path.read_text()).items() if k in asdict(DIT_TINY)}) == DIT_TINY
+    path.write_text(json.dumps({"num_heads": 2, "text_len": 16}))
+    assert load_dit(tmp_path / "tiny").config == DIT_TINY
+    path.unlink()
+    with pytest.raises(ValueError, match="number of heads"):
+        load_dit(tmp_path / "tiny")
+
+
+def test_dit_merges_adapters_in_order_while_loading(tmp_path):
+    folder, (dora, distill) = dit_folder(tmp_path / "tiny", shards=2), block_adapters(tmp_path)
+    inputs = dit_inputs()
+    close(load_dit(folder, [dora])(*inputs)[0], official["dit_tiny.v_dora"])
+    both = load_dit(folder, [dora, distill])
+    close(both(*inputs)[0], official["dit_tiny.v_dora_lightx2v"])
+    close(both.state_dict()["blocks.0.self_attn.q.bias"], official["dit_tiny.qb_all"])
+    swapped = load_dit(folder, [distill, dora])(*inputs)[0]
+    assert (swapped - official["dit_tiny.v_dora_lightx2v"]).std() > 0.1 * swapped.std()
+    half = load_dit(folder, [dora, distill], torch.bfloat16).state_dict()
+    exact = {name: p.to(half[name].dtype) for name, p in both.state_dict().items()}
+    assert all(torch.equal(half[name], p) for name, p in exact.items())     # one rounding, after both merges
+    with pytest.raises(AssertionError):
+        close(load_dit(folder, [(dora[0], 0.5)])(*inputs)[0], official["dit_tiny.v_dora"])
+
+
+def test_dit_refuses_adapters_that_do_not_fit(tmp_path):
+    folder, adapter = dit_folder(tmp_path / "tiny"), tmp_path / "other.safetensors"
+    save_file({f"blocks.{i}.self_attn.q.diff_b": torch.zeros(48) for i in range(1, 40)}, adapter)
+    with pytest.raises(ValueError, match="other.safetensors.*blocks.10.self_attn.q.diff_b") as error:
+        load_dit(folder, [(adapter, 1.0)])
+    assert str(error.value).count("diff_b") == 10 and "28 more" in str(error.value)
+
+
+def test_dit_refuses_wrong_files_in_one_sentence(tmp_path):
+    def refusal(path, error=ValueError):
+        with pytest.raises(error) as caught:
+            load_dit(path)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+        return str(caught.value)
+
+    state = tiny_dit().state_dict()
+    odd = {name: p for name, p in state.items() if name != "blocks.0.ffn.0.weight"} | {"img_emb.weight": torch.zeros(2)}
+    odd["head.modulation"] = torch.zeros(1, 2, 40)
+    message = refusal(dit_folder(tmp_path / "odd", odd))
+    assert "3 tensors" in message and "blocks.0.ffn.0.weight is missing" in message
+    assert "img_emb.weight is (2,), expected nothing" in message
+    assert "head.modulation is (1, 2, 40), expected (1, 2, 48)" in message
+    many = refusal(dit_folder(tmp_path / "many", state | {f"extra.{i}": torch.zeros(1) for i in range(30)}))
+    assert "30 tensors" in many and many.count("extra.") == 10
+
+    sharded = dit_folder(tmp_path / "sharded", shards=2)
+    shard = sharded / "diffusion_pytorch_model-00002-of-00002.safetensors"
+    content = shard.read_bytes()
+    for broken in (content[:-100], content[:50], b"", b"<!doctype html>" * 9):
+        shard.write_bytes(broken)
+        assert shard.name in refusal(sharded)
+    shard.unlink()
+    assert shard.name in refusal(sharded, FileNotFoundError)
+    (sharded / "diffusion_pytorch_model.safetensors.index.json").write_text("[1, 2")
+    assert "index.json" in refusal(sharded)
+
+    assert "diffusion_pytorch_model.safetensors" in refusal(tmp_path / "sharded" / "..", FileNotFoundError)
+    refusal(tmp_path / "nothing.safetensors", FileNotFoundError)
+    save_file({"conv1.weight": torch.zeros(3)}, tmp_path / "vae.safetensors")
+    assert "not a Wan DiT" in refusal(tmp_path / "vae.safetensors")
+    folder = dit_folder(tmp_path / "config")
+    (folder / "config.json").write_text("{")
+    assert "config.json" in refusal(folder)
+
+
+# ---- text
+
+
+TEXT_TINY = T5Config(vocab=64, dim=32, dim_attn=48, dim_ffn=80, num_heads=4, num_layers=3, num_buckets=32)
+UMT5_FILE = "models_t5_umt5-xxl-enc-bf16"
+CAPTIONS = ["A red glass ball moving from left to right.", "A semi-transparent blue ghost, moving from right to left."]
+
+
+def tiny_umt5():
+    model = UMT5(TEXT_TINY)
+    state = named_like(model)
+    state["token_embedding.weight"] *= 32 ** 0.5
+    model.load_state_dict(state)
+    return model.requires_grad_(False)
+
+
+def text_folder(folder, ending=".safetensors"):
+    (folder / "google/umt5-xxl").mkdir(parents=True)
+    make_tokenizer(CAPTIONS).save(str(folder / "google/umt5-xxl/tokenizer.json"))
+    write = save_file if ending == ".safetensors" else torch.save
+    write(tiny_umt5().state_dict(), folder / (UMT5_FILE + ending))
+    return folder
+
+
+def test_text_equals_official():
+    ids = torch.tensor([[5, 9, 2, 33, 63, 1, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]])
+    close(tiny_umt5()(ids, mask)[0, :6], official["t5_tiny.context"])
+
+
+def test_text_has_the_official_names_and_sizes():
+    with torch.device("meta"):
+        state = UMT5(T5Config()).state_dict()
+    assert len(state) == 242 and sum(p.numel() for p in state.values()) == 5_680_910_336
+    block = {name[10:]: tuple(p.shape) for name, p in state.items() if name.startswith("blocks.23.")}
+    assert block == {"norm1.weight": (4096,), "attn.q.weight": (4096, 4096), "attn.k.weight": (4096, 4096),
+                     "attn.v.weight": (4096, 4096), "attn.o.weight": (4096, 4096), "norm2.weight": (4096,),
+                     "ffn.gate.0.weight": (10240, 4096), "ffn.fc1.weight": (10240, 4096),
+                     "ffn.fc2.weight": (4096, 10240), "pos_embedding.embedding.weight": (32, 64)}
+    assert state["token_embedding.weight"].shape == (256384, 4096) and state["norm.weight"].shape == (4096,)
+
+
+def test_text_padding_does_not_reach_valid_tokens():
+    torch.manual_seed(0)
+    model, ids = tiny_umt5(), torch.randint(3, 64, (2, 12))
+    mask = torch.arange(12) < torch.tensor([[5], [12]])
+    context = model(ids, mask)
+    close(context[0, :5], model(ids[:1, :5], mask[:1, :5])[0], 1e-5)
+    ids[0, 5:] = 0
+    assert torch.equal(model(ids, mask)[0, :5], context[0, :5])
+    assert not torch.allclose(model(ids, torch.ones_like(mask))[0, :5], context[0, :5], atol=1e-3)
+
+
+def test_text_distances_fall_into_t5_buckets():
+    buckets = distance_buckets(300, 32)
+    expected = [(0, 0), (1, 1), (7, 7), (8, 8), (11, 8), (12, 9), (15, 9), (16, 10), (23, 11), (32, 12), (64, 14),
+                (90, 14), (91, 15), (128, 15), (299, 15)]
+    for distance, bucket in expected:
+        assert buckets[distance, 0] == bucket                               # the key stands on the left
+        assert buckets[0, distance] == bucket + 16 * (distance > 0)         # on the right
+    assert all(len(set(buckets.diagonal(offset).tolist())) == 1 for offset in (-9, 0, 40))
+
+
+def test_text_runs_in_bfloat16():
+    ids, mask = torch.randint(3, 64, (1, 9)), torch.ones(1, 9)
+    exact, model = tiny_umt5(), tiny_umt5().bfloat16()
+    assert model(ids, mask).dtype == torch.bfloat16
+    assert (model(ids, mask).float() - exact(ids, mask)).std() < 0.03 * exact(ids, mask).std()
+
+
+def test_text_encoder_learns_word_order_at_once():
+    torch.manual_seed(0)
+    rng, config = random.Random(0), T5Config(32, 64, 64, 128, 4, 2, 32)
+    phrases = [f"{a} {b} moving from {way}" for a in ("red", "blue", "green") for b in ("ball", "star", "cube", "ring")
+               for way in ("left to right", "right to left")]
+    model = TextEncoder(make_tokenizer(phrases), UMT5(config))
+    head = nn.Linear(64, 1)
+    optimizer = torch.optim.AdamW([*model.model.parameters(), *head.parameters()], lr=1e-3)
+    right = []
+    for _ in range(60):
+        batch = rng.sample(phrases, 16)
+        is_right = torch.tensor([float(phrase.endswith("right")) for phrase in batch])
+        logits = head(torch.stack([context.mean(0) for context in model(batch)]))[:, 0]
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, is_right)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        right += [((logits > 0) == is_right.bool()).float().mean().item()]
+    assert min(right[-20:]) == 1
+    assert all(p.grad.abs().sum() > 0 for p in model.model.parameters())
+
+
+def test_text_starts_as_t5_but_for_a_large_position_bias():
+    torch.manual_seed(0)
+    model = UMT5(T5Config(512, 128, 256, 512, 4, 2, 32))
+    std = {name: p.std().item() for name, p in model.state_dict().items() if p.ndim == 2}
+    expected = {"attn.q": (128 * 64) ** -0.5, "attn.k": 128 ** -0.5, "attn.o": 256 ** -0.5, "ffn.gate.0": 128 ** -0.5,
+                "ffn.fc2": 512 ** -0.5, "pos_embedding.embedding": 2}
+    assert all(abs(std[f"blocks.1.{name}.weight"] / value - 1) < 0.2 for name, value in expected.items())
+    assert abs(std["token_embedding.weight"] - 1) < 0.05 and model.norm.weight.eq(1).all()
+    model.init_weights(position_std=0.1)
+    assert model.blocks[0].pos_embedding.embedding.weight.std() < 0.15
+
+
+def test_clean_prompt():
+    assert clean_prompt("  a  red\n\tball ") == "a red ball"
+    assert clean_prompt("salt &amp;amp; pepper &lt;b&gt; &amp;quot;x&amp;quot;") == 'salt & pepper <b> "x"'
+    assert clean_prompt("\u201cit\u2019s\u201d glass") == '"it\'s" glass'
+    assert clean_prompt("\uff21\uff11\uff0c\u3000\u900f\u660e") == "A1, \u900f\u660e"
+    assert clean_prompt("\u8272\u8c03\u8273\u4e3d \U0001f98a\u200d\U0001f525 caf\u00e9 \u00bd") == \
+        "\u8272\u8c03\u8273\u4e3d \U0001f98a\u200d\U0001f525 caf\u00e9 \u00bd"     # what NFKC would change stays
+
+
+def test_make_tokenizer_counts_words_and_repeats_itself(tmp_path):
+    tokenizer = make_tokenizer(CAPTIONS)
+    vocab = tokenizer.get_vocab()
+    assert [tokenizer.id_to_token(i) for i in range(3)] == ["<pad>", "</s>", "<unk>"]
+    twice = [".", "a", "from", "left", "moving", "right", "to"]
+    once = [",", "-", "ball", "blue", "ghost", "glass", "red", "semi", "transparent"]
+    assert [tokenizer.id_to_token(i) for i in range(3, len(vocab))] == twice + once
+    assert tokenizer.to_str() == make_tokenizer(CAPTIONS).to_str()
+    encoded = tokenizer.encode("A SEMI-transparent, red dragon.")
+    assert encoded.tokens == ["a", "semi", "-", "transparent", ",", "red", "<unk>", "."]
+
+
+def test_text_encoder_ends_each_prompt_once_and_cuts_contexts_to_their_length():
+    encoder = TextEncoder(make_tokenizer(CAPTIONS), tiny_umt5())
+    ids, mask = encoder.tokenize(["red ball", "", "a red &amp; ball moving"])
+    assert mask.sum(1).tolist() == [3, 1, 6] and ids[1].tolist() == [1, 0, 0, 0, 0, 0]
+    assert all(row[valid][-1] == 1 and (row[~valid] == 0).all() for row, valid in zip(ids, mask))
+    contexts = encoder(["red ball", "", "a red &amp; ball moving"])
+    assert [tuple(c.shape) for c in contexts] == [(3, 32), (1, 32), (6, 32)]
+    close(contexts[0], encoder(["red ball"])[0], 1e-5)
+    assert not torch.allclose(contexts[0], encoder(["ball red"])[0], atol=1e-2)
+    encoder.tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    assert torch.equal(encoder.tokenize(["red ball"])[0], ids[:1, :3])      # umT5's own file appends </s> too
+
+
+def test_text_encoder_cuts_long_prompts_with_a_warning():
+    encoder = TextEncoder(make_tokenizer(CAPTIONS), tiny_umt5(), text_len=8)
+    with pytest.warns(UserWarning, match="3001 tokens: the last 2993"):
+        ids, mask = encoder.tokenize(["red " * 3000])
+    assert ids.tolist() == [[encoder.tokenizer.token_to_id("red")] * 7 + [1]] and mask.all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(encoder(["red " * 7])[0]) == 8
+        assert encoder(["\u4e00\u4e2a\u7ea2\u8272\u7684\u7403 \U0001f534"])[0].isfinite().all()
+
+
+def test_text_encoder_loads_from_a_folder(tmp_path):
+    expected = TextEncoder(make_tokenizer(CAPTIONS), tiny_umt5())(CAPTIONS)
+    for ending in (".safetensors", ".pth"):
+        folder = text_folder(tmp_path / ending[1:], ending)
+        (folder / "config.json").write_text(json.dumps({"text_len": 9}))
+        for path in (folder, str(folder), folder / (UMT5_FILE + ending)):
+            encoder = load_text_encoder(path)
+            assert encoder.model.config == TEXT_TINY and encoder.text_len == 9
+        (folder / "config.json").unlink()
+        encoder = load_text_encoder(folder)
+        assert encoder.text_len == 512 and all(torch.equal(a, b) for a, b in zip(encoder(CAPTIONS), expected))
+        assert load_text_encoder(folder, torch.bfloat16)(CAPTIONS)[0].dtype == torch.bfloat16
+
+
+def test_text_encoder_ignores_lengths_that_a_tokenizer_file_asks_for(tmp_path):
+    folder = text_folder(tmp_path / "base")
+    tokenizer = make_tokenizer(CAPTIONS)
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=20)
+    tokenizer.save(str(folder / "google/umt5-xxl/tokenizer.json"))
+    assert [len(context) for context in load_text_encoder(folder)(["red", "a red ball"])] == [2, 4]
+
+
+class Bomb:
+    def __reduce__(self):
+        return open, ("bomb-went-off", "w")
+
+
+def test_text_encoder_refuses_wrong_files_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = text_folder(tmp_path / "base", ".pth")
+    weights, tokenizer = folder / (UMT5_FILE + ".pth"), folder / "google/umt5-xxl/tokenizer.json"
+    whole, words = weights.read_bytes(), tokenizer.read_bytes()
+
+    def refusal(file, error=ValueError):
+        with pytest.raises(error) as caught:
+            load_text_encoder(folder)
+        assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+        return str(caught.value)
+
+    torch.save({"token_embedding.weight": Bomb()}, weights)
+    assert "was not opened" in refusal(weights)
+    assert not (tmp_path / "bomb-went-off").exists()
+    for broken in (whole[:-500], whole[:100], b"", b"<!doctype html>" * 99):
+        weights.write_bytes(broken)
+        assert "download" in refusal(weights) or "was not opened" in refusal(weights)
+    for foreign in ({"conv1.weight": torch.zeros(3)}, {"token_embedding.weight": 3}, [torch.zeros(3)]):
+        torch.save(foreign, weights)
+        assert "not a umT5 encoder" in refusal(weights)
+    torch.save(tiny_umt5().state_dict() | {"norm.weight": torch.ones(31), "lm_head.weight": torch.ones(1)}, weights)
+    message = refusal(weights)
+    assert "norm.weight is (31,), expected (32,)" in message and "lm_head.weight is (1,), expected nothing" in message
+    weights.unlink()
+    refusal(weights, FileNotFoundError)
+    weights.write_bytes(whole)
+    for broken in (b"{}", b"", words[:-40]):
+        tokenizer.write_bytes(broken)
+        refusal(tokenizer)
+    make_tokenizer([f"word{i}" for i in range(99)]).save(str(tokenizer))
+    assert "more tokens" in refusal(folder)
+    tokenizer.unlink()
+    refusal(tokenizer, FileNotFoundError)
+    tokenizer.write_bytes(words)
+    (folder / "config.json").write_text("{")
+    refusal(folder / "config.json")
+
+
+# ---- losses
+
+
+KINDS = ["appear", "dot", "ellipse", "empty", "full", "glass", "two"]
+
+
+def smooth_video(key, shape):
+    """The parity file's video inputs: its rule for weights, smoothed and bounded."""
+    return torch.tanh(F.avg_pool3d(3 * named(key, shape), (1, 5, 5), 1, (0, 2, 2)))
+
+
+def small_clip(b=2):
+    rgb, alpha = smooth_video("rgb", (b, 3, 5, 16, 24)), smooth_video("alpha", (b, 1, 5, 16, 24)).clamp(0, 1)
+    return rgb, alpha
+
+
+def test_palette_is_the_corners_of_the_rgb_cube():
+    assert PALETTE.shape == (8, 3) and (PALETTE.abs() == 1).all() and len(PALETTE.unique(dim=0)) == 8
+
+
+def test_renders():
+    rgb, alpha = torch.full((2, 3, 1, 1, 3), 0.5), torch.tensor([0.0, 0.25, 1.0]).expand(2, 1, 1, 1, 3)
+    colors = torch.tensor([[1.0, -1.0, 1.0], [-1.0, -1.0, 1.0]])
+    soft, hard = soft_render(rgb, alpha, colors), hard_render(rgb, alpha, colors)
+    assert soft[0, :, 0, 0].tolist() == [[1.0, 0.875, 0.5], [-1.0, -0.625, 0.5], [1.0, 0.875, 0.5]]
+    assert hard[1, :, 0, 0].tolist() == [[-1.0, 0.5, 0.5], [-1.0, 0.5, 0.5], [1.0, 0.5, 0.5]]
+    assert torch.equal(soft_render(rgb, alpha, colors[0])[0], soft[0])  # one colour for all samples
+
+
+def test_straight_alpha_is_not_premultiplied_alpha():
+    """A grey pixel of alpha one half on white: straight 0.5 * 0 + 0.5, and not 0 + 0.5."""
+    straight = soft_render(torch.full((1, 3, 1, 1, 1), 0.4), torch.full((1, 1, 1, 1, 1), 0.5), torch.ones(3))
+    assert torch.allclose(straight, torch.tensor(0.7))
+
+
+def test_edge_loss_is_official():
+    a, b = (smooth_video(key, (1, 3, 5, 16, 20)) for key in ("sobel.a", "sobel.b"))
+    expected = official["official_edge_loss"].item()
+    assert edge_loss(a, b, "central").item() == pytest.approx(expected, rel=1e-4)
+    assert abs(edge_loss(a, b).item() - expected) > 0.1 * expected  # Sobel, the default, is another operator
+
+
+@pytest.mark.parametrize("operator, inner", [("sobel", 8), ("central", 2)])
+def test_edges_of_a_ramp(operator, inner):
+    """Grey that rises by 1 a pixel: Sobel sees 8, central differences 2, in either direction; flat grey has none."""
+    ramp = torch.arange(6.0).expand(6, 6) / 0.859
+    flat = torch.zeros(1, 3, 1, 6, 6)
+    for image in (ramp, ramp.T):
+        edges = gradient_magnitude(image.expand(1, 3, 1, 6, 6), operator)[0, 0]
+        assert torch.allclose(edges[1:-1, 1:-1], torch.tensor(float(inner)), atol=1e-4)
+    assert gradient_magnitude(flat, operator).max() <= 1.01e-3
+
+
+def vgg_file(path, change=None):
+    shapes = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128)}
+    state = {f"features.{i}.weight": named(f"features.{i}.weight", (*s, 3, 3)) for i, s in shapes.items()}
+    state |= {f"features.{i}.bias": named(f"features.{i}.bias", s[:1]) for i, s in shapes.items()}
+    state["classifier.6.bias"] = torch.zeros(1000)
+    state_to_save = change(state) if change else state
+    torch.save(state_to_save, path, _use_new_zipfile_serialization=False)  # the old format that torchvision publishes
+    return state
+
+
+def test_vgg_is_relu2_2_of_zero_to_one_images(tmp_path):
+    state = vgg_file(tmp_path / "vgg.pth")
+    vgg, (x, _), (y, _) = VGG(tmp_path / "vgg.pth"), small_clip(), small_clip()
+    y = -y
+
+    def features(video):
+        h = (video.transpose(1, 2).flatten(0, 1) + 1) / 2  # frames into the batch
+        for i in (0, 2, 5, 7):
+            h = F.max_pool2d(h, 2) if i == 5 else h
+            h = F.relu(F.conv2d(h, state[f"features.{i}.weight"], state[f"features.{i}.bias"], padding=1))
+        return h
+
+    assert vgg(x, y).item() == pytest.approx((features(x) - features(y)).square().mean().item(), rel=1e-5)
+    assert vgg(x, x) == 0 and not any(p.requires_grad for p in vgg.parameters())
+
+
+def test_vgg_wrong_files_say_so_in_a_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.pth does not exist.*--perceptual 0"):
+        VGG(tmp_path / "none.pth")
+    vgg_file(tmp_path / "other.pth", lambda state: {k: v for k, v in state.items() if "classifier" in k})
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    for name in ("other.pth", "text.pth"):
+        with pytest.raises(ValueError, match=f"{name} does not hold the weights of VGG-16.*--perceptual 0"):
+            VGG(tmp_path / name)
+
+
+def test_reconstruction_loss_is_the_sum_of_its_terms(tmp_path):
+    vgg_file(tmp_path / "vgg.pth")
+    vgg, (x, _) = VGG(tmp_path / "vgg.pth"), small_clip()
+    y = 0.5 * x
+    expected = (x - y).abs().mean() + 200 * vgg(x, y) + 3 * edge_loss(x, y)
+    assert torch.allclose(reconstruction_loss(x, y, vgg, perceptual=200, edge=3), expected)
+    assert torch.allclose(reconstruction_loss(x, y, edge=0), (x - y).abs().mean())
+
+
+def test_rgba_loss_compares_alpha_as_grey_of_the_same_range_as_colour():
+    rgb, alpha = small_clip()
+    parts = rgba_loss(rgb, 0.5 * alpha, rgb, alpha, edge=0)
+    assert torch.allclose(parts["alpha"], alpha.mean())  # |2 (a - a/2)|
+
+
+def test_random_colors_are_two_different_corners_and_repeat_with_the_seed():
+    soft, hard = random_colors(500, torch.Generator().manual_seed(3))
+    assert (soft != hard).any(1).all() and len(soft.unique(dim=0)) == len(hard.unique(dim=0)) == 8
+    again, _ = random_colors(500, torch.Generator().manual_seed(3))
+    assert torch.equal(soft, again)
+
+
+def test_rgba_loss_ignores_colour_that_nobody_sees():
+    """Other colours under alpha 0 make the same clip; another alpha or another visible colour does not."""
+    rgb, alpha = small_clip()
+    hidden = torch.where(alpha == 0, -rgb, rgb)
+    parts = lambda *output: rgba_loss(*output, rgb, alpha, torch.Generator().manual_seed(0))
+    assert set(parts(rgb, alpha)) == {"alpha", "soft", "hard"}
+    assert all(v == 0 for v in parts(hidden, alpha).values())
+    paler, fainter = parts(0.9 * rgb, alpha), parts(rgb, 0.9 * alpha + 0.05)
+    assert paler["alpha"] == 0 and paler["soft"] > 0 and paler["hard"] > paler["soft"]
+    assert fainter["alpha"] > 0 and fainter["soft"] > 0 and fainter["hard"] == 0
+
+
+def test_rgba_loss_has_gradients_where_it_should():
+    rgb, alpha = small_clip()
+    rgb_hat, alpha_hat = (0.9 * rgb).requires_grad_(), (0.8 * alpha + 0.1).requires_grad_()
+    sum(rgba_loss(rgb_hat, alpha_hat, rgb, alpha, edge=0).values()).backward()
+    seen = (alpha > 0).expand_as(rgb)
+    assert (rgb_hat.grad[seen] != 0).float().mean() > 0.99 and (alpha_hat.grad != 0).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tabd_mask_is_official(kind):
+    mask = tabd_mask(official[f"{kind}.alpha"][None, None] / 255)
+    assert torch.equal(mask[0, 0], official[f"{kind}.tabd_mask"])
+
+
+def test_tabd_mask_of_every_kind_of_cell():
+    """Five cells, in frame 0 and in frames 1 to 4: opaque, transparent, glass, edge, glass that turns opaque."""
+    alpha = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.5]).repeat_interleave(8).expand(1, 1, 5, 8, 40).clone()
+    alpha[..., 24:28] = 0
+    alpha[:, :, 4, :, 32:] = 1
+    assert tabd_mask(alpha)[0, 0, :, 0].tolist() == [[1, -1, -1, -1, -1], [1, -1, -1, 0, 0]]
+    assert tabd_mask(alpha.expand(3, 1, 5, 8, 40)).shape == (3, 1, 2, 1, 5)
+    for wrong in (alpha[:, :, :4], alpha[..., :7, :], alpha[..., :39]):
+        with pytest.raises(ValueError, match="multiples of 8"):
+            tabd_mask(wrong)
+
+
+def test_tabd_gradient_of_a_transparent_cell():
+    """Opaque cells are pulled to v; transparent ones are pushed away by the paper, left alone by the official code."""
+    mask = torch.tensor([1.0, -1.0, 0.0]).view(1, 1, 1, 1, 3)
+    gradient = {}
+    for clamp in ((-1, 1), (0, 1)):
+        v_hat = torch.full((1, 2, 1, 1, 3), 0.3, requires_grad=True)
+        tabd_loss(v_hat, torch.zeros_like(v_hat), mask, torch.tensor([2.0]), clamp).backward()
+        gradient[clamp] = v_hat.grad[0, 0, 0, 0] * 6  # undo the mean
+    assert torch.allclose(gradient[-1, 1], torch.tensor([1.2, -1.2, 0.0]))  # 2 w (v_hat - v), and its opposite
+    assert torch.allclose(gradient[0, 1], torch.tensor([1.2, 0.0, 0.0])) and gradient[0, 1][1] == 0
+
+
+def test_tabd_loss_is_bounded_and_weighs_every_sample():
+    v, mask = torch.zeros(2, 1, 1, 1, 2), torch.tensor([1.0, -1.0]).expand(2, 1, 1, 1, 2)
+    assert tabd_loss(v + torch.tensor([10.0, 0.0]), v, mask, torch.ones(2)) == 0.5
+    assert tabd_loss(v + torch.tensor([0.0, 10.0]), v, mask, torch.ones(2)) == -0.5
+    assert tabd_loss(v + torch.tensor([0.5, 0.0]), v, mask, torch.tensor([0.0, 1.0])) == 0.0625
+
+
+# ---- ellipse, mean shift, samplers
+
+
+KINDS = ["appear", "dot", "ellipse", "empty", "full", "glass", "two"]
+
+
+def last(steps):
+    return list(steps)[-1][1]
+
+
+def toy(x, t):
+    return torch.tanh(1.3 * x - t.view(-1, 1, 1, 1, 1) / 1000) - 0.2 * x
+
+
+def disc(frames=9, height=64, width=96, x=48.0, y=32.0, radius=16.0):
+    rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    return ((columns - x) ** 2 + (rows - y) ** 2 < radius**2).float().expand(frames, height, width)
+
+
+def centre(mask):
+    """Centre of mass of (t,h,w) in cells: x (t,), y (t,)."""
+    h, w = mask.shape[1:]
+    total = mask.sum((1, 2))
+    return (mask.sum(1) @ torch.arange(w).float()) / total, (mask.sum(2) @ torch.arange(h).float()) / total
+
+
+# Rectified flow
+
+
+def test_sigmas_and_weights_are_official():
+    assert torch.allclose(shifted_sigmas(4), torch.cat([official["euler4.sigmas"], torch.zeros(1)]), atol=1e-7)
+    close(training_sigmas(), official["train.sigmas"])
+    close(training_weights(training_sigmas()), official["train.weights"])
+    assert torch.equal(shifted_sigmas(10, shift=1), torch.linspace(1, 0, 11)) and shifted_sigmas(4, 12)[2] > 0.9
+
+
+def test_sampled_sigmas_are_even_over_the_shifted_levels_and_bring_their_weights():
+    sigma, weight = sample_sigma(4000, torch.Generator().manual_seed(0))
+    levels = training_sigmas()
+    assert torch.isin(sigma, levels).all() and abs(sigma.mean() - levels.mean()) < 0.02
+    assert torch.equal(weight, training_weights(levels)[(sigma[:, None] == levels).int().argmax(1)])
+
+
+def test_flow_runs_from_data_to_noise_along_its_target():
+    z, noise, sigma = named("z", (3, 4, 2, 3, 3)), named("eps", (3, 4, 2, 3, 3)), torch.tensor([0.0, 1.0, 0.3])
+    z_t = interpolate(z, noise, sigma)
+    assert torch.equal(z_t[0], z[0]) and torch.equal(z_t[1], noise[1])
+    assert torch.allclose(z_t, z + sigma.view(-1, 1, 1, 1, 1) * flow_target(z, noise), atol=1e-6)
+
+
+def test_mean_shift_is_official():
+    close(shift_noise(named("shift.noise", (16, 3, 10, 14)), official["ellipse.gauss"]), official["shift.noise_out"])
+
+
+def test_mean_shift_is_outside():
+    noise, mask = torch.zeros(2, 16, 3, 8, 12), ellipse_mask(9, 64, 96)
+    shifted = shift_noise(noise, mask, 0.05)
+    i = mask[0].argmax()
+    assert shifted[0, 0, 0].flatten()[i] == 0 and shifted[..., 0, 0].allclose(torch.tensor(0.05), atol=1e-4)
+    batch = shift_noise(noise, torch.stack([mask, 0 * mask]), 0.05)  # one mask a sample
+    assert torch.equal(batch[0], shifted[0]) and torch.equal(batch[1], torch.full_like(batch[1], 0.05))
+    assert torch.equal(shift_noise(noise, mask, 0.0), noise)
+
+
+# Samplers
+
+
+def test_euler_is_official():
+    close(last(euler(toy, named("toy.noise", (1, 16, 3, 4, 6)), shifted_sigmas(4))), official["toy.euler4"])
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+def test_unipc_is_official(steps):
+    times, sigmas = [], official[f"unipc{steps}.sigmas"]
+    model = lambda x, t: times.append(t.item()) or toy(x, t)
+    close(last(unipc(model, named("toy.noise", (1, 16, 3, 4, 6)), steps)), official[f"toy.unipc{steps}"])
+    assert times == official[f"unipc{steps}.timesteps"].tolist()
+    assert torch.allclose(shifted_sigmas(steps, start=0.999), sigmas, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 9])
+def test_exact_velocity_leads_back_to_the_data(steps):
+    """Straight paths: whatever the number of steps, Euler lands on z, and so does UniPC from its own start."""
+    z, noise = named("z", (2, 4, 2, 3, 3)), named("eps", (2, 4, 2, 3, 3))
+    velocity = lambda x, t: flow_target(z, noise)
+    states = list(euler(velocity, noise, shifted_sigmas(steps)))
+    assert [i for i, _ in states] == list(range(steps)) and torch.allclose(states[-1][1], z, atol=1e-5)
+    start = shifted_sigmas(steps, start=0.999)[0]
+    assert torch.allclose(last(unipc(velocity, interpolate(z, noise, start), steps)), z, atol=1e-5)
+
+
+def test_unipc_is_of_higher_order_than_euler():
+    noise = named("eps", (1, 4, 1, 3, 3))
+    exact = last(euler(toy, noise, shifted_sigmas(2000)))
+    error = lambda z: (z - exact).abs().mean()
+    assert error(last(unipc(toy, noise, 20))) < 0.5 * error(last(euler(toy, noise, shifted_sigmas(20))))
+
+
+def test_samplers_keep_float32_state_and_a_time_a_sample():
+    seen = []
+
+    def model(x, t):
+        seen.append((x.dtype, t.dtype, t.shape))
+        return x.bfloat16()
+
+    noise = named("eps", (2, 4, 1, 3, 3)).bfloat16()
+    assert last(euler(model, noise, shifted_sigmas(2))).dtype == last(unipc(model, noise, 2)).dtype == torch.float32
+    assert set(seen) == {(torch.float32, torch.float32, (2,))}
+
+
+def test_guidance():
+    cond, uncond = torch.tensor([2.0]), torch.tensor([1.0])
+    assert [guide(cond, uncond, s).item() for s in (0, 1, 5)] == [1, 2, 6]
+
+
+# The ellipse of an alpha clip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gaussian_mask_is_official(kind):
+    g = gaussian_mask(official[f"{kind}.alpha"] / 255)
+    assert g.shape == official[f"{kind}.gauss"].shape
+    assert (g - official[f"{kind}.gauss"]).abs().mean() < 1e-4  # 0.03 would do: growth stops at the same ellipse
+
+
+def test_gaussian_mask_follows_the_object():
+    for x, y in ((24, 24), (72, 32), (48, 40)):
+        mask = gaussian_mask(disc(x=x, y=y, radius=12))
+        cx, cy = (v[0].item() for v in (mask.amax(1).argmax(1).float(), mask.amax(2).argmax(1).float()))
+        assert abs(cx + 0.5 - x / 8) <= 0.5 and abs(cy + 0.5 - y / 8) <= 0.5
+        assert mask.amax() == 1 and mask.amin() == 0
+    small, large = (gaussian_mask(disc(radius=r)).mean() for r in (8, 24))
+    assert large > 1.5 * small
+
+
+def test_gaussian_mask_of_each_latent_frame_sees_its_own_frames():
+    """An object in frame 0 and in frames 5 to 8: latent frames 0 and 2 hold it, latent frame 1 is empty."""
+    alpha = disc().clone()
+    alpha[1:5] = 0
+    mask = gaussian_mask(alpha)
+    assert mask[1].abs().max() == 0 and mask[0].max() == mask[2].max() == 1
+
+
+def test_ellipse_turns_with_the_object():
+    ellipse = gaussian((7, 5, 4, 1.5, math.radians(30)), 11, 15) > 0.4
+    x, y, a, b, angle = fit_ellipse(ellipse.double())
+    assert (x, y) == pytest.approx((7, 5), abs=0.2) and a > 1.5 * b
+    assert math.degrees(angle) % 180 == pytest.approx(30, abs=6)  # y points down: clockwise on the screen
+
+
+def test_ellipse_of_few_cells_is_their_box():
+    cells = torch.zeros(8, 12).double()
+    assert fit_ellipse(cells) is None
+    cells[2, 3] = cells[2, 7] = cells[3, 5] = 1
+    assert fit_ellipse(cells) == (5.0, 2.5, 2.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("a, b, degrees, rows", [
+    (2, 2, 20, "......##.. ....####.. .....####. .....####. .....#...."),
+    (4, 2, -70, "......##. ......### .....#### ....##### ....##### ....##### ....####. ....####. .....##..")])
+def test_filled_ellipse_draws_the_polygon_of_opencv(a, b, degrees, rows):
+    """Drawn by cv2.ellipse(image, (6, 6), (a, b), degrees, 0, 360, 1, -1): 4 corners below 3 cells, 12 below 10."""
+    rows = torch.tensor([[c == "#" for c in row.ljust(13, ".")] for row in rows.split()])
+    expected = torch.zeros(13, 13, dtype=torch.bool)
+    expected[6 - (len(rows) - 1) // 2:][:len(rows)] = rows
+    ellipse = filled_ellipse(torch.tensor([6.2, 5.9]), torch.tensor([a, b]) + 0.3, math.radians(degrees), 13, 13)
+    assert torch.equal(ellipse, expected)
+
+
+def test_gaussian_mask_takes_a_whole_clip_at_full_size():
+    assert gaussian_mask(disc(81, 480, 832, x=400, y=200, radius=150)).shape == (21, 60, 104)
+
+
+@pytest.mark.parametrize("shape", [(8, 64, 96), (9, 60, 96), (9, 64, 90)])
+def test_gaussian_mask_refuses_other_grids(shape):
+    with pytest.raises(ValueError, match="4k\\+1 frames, width and height in multiples of 8"):
+        gaussian_mask(torch.ones(shape))
+
+
+# The ellipse of a user
+
+
+def test_default_ellipse_is_a_centred_circle():
+    mask = ellipse_mask(17, 64, 96)
+    assert mask.shape == (5, 8, 12) and torch.equal(mask[0], mask[4]) and mask.min() == 0 and mask.max() == 1
+    assert torch.allclose(mask, mask.flip(1), atol=1e-6) and torch.allclose(mask, mask.flip(2), atol=1e-6)
+    square = ellipse_mask(5, 64, 64)
+    assert torch.allclose(square, square.mT, atol=1e-6)
+    assert torch.equal(load_mask(None, 17, 64, 96), mask)
+
+
+def test_user_ellipse_has_the_formula_of_the_fitted_one():
+    """Half axes of 1/4 and 1/8 of the shorter side; the middle of the frame lies between cells 3 and 4."""
+    expected = gaussian((5.5, 3.5, 2.0, 1.0, math.radians(20)), 8, 12)
+    assert torch.allclose(load_mask("0.5,0.5,0.25,0.125,20", 5, 64, 96), expected.expand(2, 8, 12), atol=1e-6)
+
+
+def test_moving_ellipse_passes_its_keys():
+    mask = load_mask("0:0.25,0.5,0.2,0.2; 1:0.75,0.5,0.2,0.2,0", 17, 64, 192)
+    x, y = centre(mask)
+    assert torch.allclose(x, 24 * torch.linspace(0.25, 0.75, 5) - 0.5, atol=0.2)
+    assert torch.allclose(y, torch.tensor(3.5), atol=0.1)
+    assert torch.equal(mask[0], load_mask("0.25,0.5,0.2,0.2", 1, 64, 192)[0])
+
+
+def test_parse_ellipse():
+    assert parse_ellipse("0.5, 0.4,.3,.2") == [(0, 0.5, 0.4, 0.3, 0.2, 0)]
+    assert parse_ellipse("0:1,2,3,4,5;0.5:6,7,8,9;") == [(0, 1, 2, 3, 4, 5), (0.5, 6, 7, 8, 9, 0)]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "neither a file nor an ellipse"), ("0.5,0.5,0.4", "neither a file nor an ellipse"),
+    ("1,2,3,4,5,6", "neither a file nor an ellipse"), ("clip.webm", "neither a file nor an ellipse"),
+    ("0.5,0.5,0,0.4", "half axes"), ("0.5,0.5,nan,0.4", "finite"), ("0.5,0.5,1,1; 0.2,0.5,1,1", "rise"),
+    ("0:0.5,0.5,1,1; 2:0.5,0.5,1,1", "rise")])
+def test_wrong_ellipses_get_one_sentence(text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_mask(text, 17, 64, 96)
+    assert "\n" not in str(error.value)
+
+
+# Masks from outside
+
+
+def test_masks_fit_any_latent(tmp_path):
+    """A saved mask of 21 latent frames and another size serves any clip, its time axis from end to end."""
+    saved = ellipse_mask(81, 96, 160, [(0, 0.3, 0.5, 0.3, 0.4, 0), (1, 0.7, 0.5, 0.3, 0.4, 0)])
+    torch.save(saved, tmp_path / "gauss_mask")
+    for frames, height, width in ((1, 64, 96), (17, 64, 64), (81, 96, 160), (161, 128, 64)):
+        mask = load_mask(str(tmp_path / "gauss_mask"), frames, height, width)
+        assert mask.shape == ((frames + 3) // 4, height // 8, width // 8) and 0 <= mask.min() and mask.max() <= 1
+        x, _ = centre(mask)
+        assert frames == 1 or (x.diff() > 0).all() and x[0] < 0.4 * width / 8 < 0.6 * width / 8 - 1 < x[-1]
+    assert torch.equal(load_mask(str(tmp_path / "gauss_mask"), 81, 96, 160), saved)
+    with pytest.raises(ValueError, match="4k\\+1"):
+        load_mask(str(tmp_path / "gauss_mask"), 16, 64, 64)
+
+
+@pytest.mark.parametrize("mask", [
+    torch.zeros(3, 8, 12), torch.zeros(0, 8, 12), torch.ones(8, 12), torch.full((3, 8, 12), math.nan),
+    2 * torch.ones(3, 8, 12), torch.linspace(-1, 1, 96).view(1, 8, 12), {"mask": torch.ones(3, 8, 12)}])
+def test_wrong_saved_masks_get_one_sentence(tmp_path, mask):
+    torch.save(mask, tmp_path / "mask")
+    with pytest.raises(ValueError, match="a saved mask must") as error:
+        load_mask(str(tmp_path / "mask"), 9, 64, 96)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_tensor_gets_one_sentence(tmp_path):
+    (tmp_path / "mask.png").write_bytes(b"not a tensor")
+    with pytest.raises(ValueError, match="mask.png is not a tensor that torch.save wrote"):
+        load_mask(str(tmp_path / "mask.png"), 9, 64, 96)
+
+
+def test_an_alpha_clip_of_any_length_and_size_makes_a_mask():
+    clip = (255 * disc(30, 100, 150, x=75, y=50, radius=25)).byte()
+    mask = mask_from_alpha(clip.numpy(), 17, 64, 96)
+    assert mask.shape == (5, 8, 12)
+    assert (mask - gaussian_mask(disc(17, radius=16))).abs().mean() < 0.02
+    with pytest.raises(ValueError, match="empty"):
+        mask_from_alpha(np.zeros((9, 64, 96), np.uint8), 17, 64, 96)
+
+
+# ---- media, data set, procedural clips
+
+
+def centroid(alpha):
+    """Centre x, y of every frame in fractions of the frame, and its area."""
+    area, (h, w) = (alpha / 255).sum((1, 2)), alpha.shape[1:]
+    x, y = (np.arange(w) + 0.5) / w, (np.arange(h)[:, None] + 0.5) / h
+    return (alpha / 255 * x).sum((1, 2)) / area, (alpha / 255 * y).sum((1, 2)) / area, area
+
+
+def folder_hash(folder):
+    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in sorted(folder.iterdir()))).hexdigest()
+
+
+# ---- procedural clips
+
+
+def test_the_named_colour_is_the_nearest_of_ten_in_every_material_and_shape():
+    palette = np.array(list(COLORS.values()))
+    for i, material in enumerate(MATERIALS):
+        for k, color in enumerate(COLORS):
+            shape = SHAPES[(i + k) % 8]
+            clip = procedural_clip(k, frames=5, shape=shape, color=color, material=material, motion="growing", two=0)
+            weight = clip.alpha[..., None] / 255 * (clip.alpha[..., None] > 25)
+            mean = (clip.rgb / 255 * weight).sum((0, 1, 2)) / weight.sum()
+            assert np.linalg.norm(palette - mean, axis=1).argmin() == k, (material, color, shape, mean)
+
+
+def test_materials_have_their_alpha():
+    for shape in ("ball", "cube", "heart", "leaf"):
+        for material in MATERIALS:
+            clip = procedural_clip(7, shape=shape, color="red", material=material, motion="spinning", two=0, frames=5)
+            x, y, alpha = *(k[0] for k in centroid(clip.alpha)[:2]), clip.alpha[0] / 255
+            distance = np.hypot(*(np.mgrid[:64, :64] + 0.5 - np.array([y * 64, x * 64])[:, None, None]))
+            body = np.median(alpha[distance < 7])
+            assert body > 0.95 if material in ("solid", "glow") else 0.15 < body < 0.85, (shape, material, body)
+            if material in ("glass", "bubble"):                           # the rim is more opaque than the body
+                assert np.sort(alpha.ravel())[-40:].min() > body + 0.25
+            edge = ((alpha > 0.02) & (alpha < 0.98)).mean()
+            assert edge > (0.04 if material == "glow" else 0.01)          # anti-aliased, and a halo is wide
+
+
+def test_objects_stay_inside_the_frame_and_leave_its_border_transparent():
+    for seed in range(60):
+        size = (64, (48, 80), (80, 48), 96)[seed % 4]
+        alpha = procedural_clip(seed, size=size, frames=9, two=0.5).alpha
+        assert max(alpha[:, 0].max(), alpha[:, -1].max(), alpha[:, :, 0].max(), alpha[:, :, -1].max()) == 0, seed
+        assert alpha.max(axis=(1, 2)).min() > 25
+
+
+def test_held_out_combinations_are_kept_apart():
+    share = np.mean([held_out(s, c, m, v) for s in SHAPES for c in COLORS for m in MATERIALS for v in MOTIONS])
+    assert 0.1 < share < 0.15
+    assert held_out("leaf", "white", "smoke", "rising") and not held_out("ball", "red", "glass", "bouncing")
+    for split in ("train", "test"):
+        clips = [procedural_clip(seed, size=16, frames=1, split=split).attributes for seed in range(80)]
+        assert {held_out(*(a[k] for k in ("shape", "color", "material", "motion"))) for a in clips} == {split == "test"}
+        assert len({a["shape"] for a in clips}) == 8 and len({a["motion"] for a in clips}) == 8
+    pinned = procedural_clip(0, size=16, frames=1, split="test", shape="ring", color="pink")
+    assert (pinned.attributes["shape"], pinned.attributes["color"]) == ("ring", "pink")
+    with pytest.raises(ValueError, match="pin other"):
+        procedural_clip(0, shape="red", color="red", material="glass", motion="rising")
+
+
+def test_motions_do_what_they_say():
+    for seed in range(12):
+        def path(motion, material=("solid", "glass", "bubble", "glow")[seed % 4]):
+            return centroid(procedural_clip(seed, material=material, motion=motion, two=0).alpha)
+
+        steps = {motion: [np.ptp(k) * np.sign(k[-1] - k[0]) for k in path(motion)[:2]] for motion in MOTIONS[:4]}
+        assert steps["moving from left to right"][0] > 0.35 and abs(steps["moving from left to right"][1]) < 0.05
+        assert steps["moving from right to left"][0] < -0.35 and abs(steps["moving from right to left"][1]) < 0.05
+        assert steps["rising"][1] < -0.35 and abs(steps["rising"][0]) < 0.05
+        assert steps["falling"][1] > 0.35 and abs(steps["falling"][0]) < 0.05
+        x, y, area = path("bouncing")
+        turns = np.diff(np.sign(np.diff(y[np.abs(np.diff(y, prepend=9)) > 1e-3])))
+        assert np.ptp(y) > 0.2 and np.ptp(x) < 0.05 and (turns != 0).sum() == 3               # up, down, up, down
+        assert path("growing")[2][-1] > 2.5 * path("growing")[2][0]
+        spin = procedural_clip(seed, material="solid", motion="spinning", two=0).alpha.max(1) > 127
+        assert spin.sum(1).min() < 0.5 * spin.sum(1).max()
+        x, y, _ = path("orbiting")
+        angle = np.unwrap(np.arctan2(y - 0.5, x - 0.5))
+        assert abs(abs(angle[-1] - angle[0]) - 2 * np.pi) < 0.6 and np.hypot(x - 0.5, y - 0.5).min() > 0.12
+
+
+def test_captions_name_shape_colour_material_motion_and_mostly_transparency():
+    attributes = dict(shape="ball", color="red", material="glass", motion="bouncing")
+    assert caption_of(attributes, 0) == ("This video has a transparent background. Close-up shot. "
+                                         "A red glass ball bouncing. Realistic style.")
+    assert caption_of(attributes, 1) == "a red glass ball bouncing"
+    assert caption_of(attributes | dict(color="orange", second=True, second_color="blue", second_shape="cube"), 1) \
+        == "an orange glass ball bouncing and a small blue cube"
+    words = dict(solid="", glass="glass", glow="glowing", smoke="smok", bubble="soap bubble")
+    for wording in range(40):
+        for material in MATERIALS:
+            text = caption_of(attributes | dict(material=material), wording).lower()
+            assert all(word in text for word in ("ball", "red", "bouncing", words[material])), text
+            assert ("transparent background" in text) == (wording % 5 in (0, 2))
+    seen = {procedural_clip(seed, size=16, frames=1).caption for seed in range(60)}
+    assert len(seen) == 60
+
+
+def test_two_objects_are_both_named_and_drawn():
+    clip = procedural_clip(3, two=1, material="solid", motion="moving from left to right")
+    lone = procedural_clip(3, two=0, material="solid", motion="moving from left to right")
+    a = clip.attributes
+    assert a["second"] and a["second_shape"] != a["shape"] and a["second_color"] != a["color"]
+    assert f"small {a['second_color']} {a['second_shape']}" in clip.caption and "small" not in lone.caption
+    assert (clip.alpha >= lone.alpha).all() and clip.alpha.astype(int).sum() > 1.05 * lone.alpha.astype(int).sum()
+    share = np.mean([procedural_clip(seed, size=16, frames=1).attributes["second"] for seed in range(300)])
+    assert 0.06 < share < 0.18
+
+
+def test_the_data_set_command_is_reproducible_and_reads_back(tmp_path):
+    arguments = ["--clips", "4", "--size", "32", "--frames", "5"]
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        data.main([str(tmp_path / name), *arguments, "--seed", seed])
+    assert folder_hash(tmp_path / "a") == folder_hash(tmp_path / "b") != folder_hash(tmp_path / "c")
+    lines = [json.loads(line) for line in (tmp_path / "a/metadata.jsonl").read_text().splitlines()]
+    for line in lines:
+        clip = procedural_clip(line["seed"], size=32, frames=5)
+        rgb, alpha = read_rgba(tmp_path / "a" / line["file"])
+        assert np.array_equal(rgb, clip.rgb) and np.array_equal(alpha, clip.alpha)
+        assert line["caption"] == clip.caption and line["shape"] == clip.attributes["shape"]
+    assert json.loads((tmp_path / "a/data.json").read_text())["clips"] == 4
+    assert [item["caption"] for item in RGBADataset(tmp_path / "a", 32, 5)] == [line["caption"] for line in lines]
+    with pytest.raises(SystemExit) as stop:                               # other clips into the same folder
+        data.main([str(tmp_path / "a"), *arguments, "--seed", "1"])
+    assert stop.value.code == 2
+
+
+def test_sprites_move_and_keep_their_name(tmp_path):
+    y, x = np.mgrid[:40, :60]
+    alpha = np.where(np.hypot((x - 30) / 25, (y - 20) / 15) < 1, 255, 0).astype(np.uint8)
+    picture = np.dstack([np.full((40, 60), 200), np.full((40, 60), 100), np.full((40, 60), 0), alpha]).astype(np.uint8)
+    picture[alpha == 0, :3] = 0
+    (tmp_path / "in").mkdir()
+    iio.imwrite(tmp_path / "in/rubber_duck.png", picture)
+    data.main([str(tmp_path / "out"), "--sprites", str(tmp_path / "in"), "--clips", "6", "--size=48", "--frames=5"])
+    for line in map(json.loads, (tmp_path / "out/metadata.jsonl").read_text().splitlines()):
+        rgb, alpha = read_rgba(tmp_path / "out" / line["file"])
+        assert "rubber duck" in line["caption"].lower() and line["motion"] in line["caption"]
+        x, y, area = centroid(alpha)
+        assert np.ptp(x) + np.ptp(y) > 0.1 or area.max() > 1.4 * area.min()
+        assert np.abs(rgb[alpha > 20].astype(int) - (200, 100, 0)).max() <= 8                 # no dark fringe
+
+
+# ---- media
+
+
+@pytest.mark.parametrize("name", ["clip.apng", "clip.png", "clip.webp", "clip.zip", "folder"])
+def test_lossless_media_return_every_byte(tmp_path, name):
+    clip = procedural_clip(1, size=(31, 33), frames=6, material="smoke", two=0)
+    pairs = [0, 0, 1, 1, 2, 2]                                            # equal frames must not be merged
+    rgb, alpha = clip.rgb[pairs], clip.alpha[pairs]
+    assert (rgb[alpha == 0] > 0).any()                                    # colour under alpha 0 must not be dropped
+    write_rgba(tmp_path / name, rgb, alpha)
+    write_rgba(tmp_path / name, rgb[:4], alpha[:4])                       # overwriting leaves nothing behind
+    back = read_rgba(tmp_path / name)
+    assert np.array_equal(back[0], rgb[:4]) and np.array_equal(back[1], alpha[:4])
+    first = [p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()]
+    write_rgba(tmp_path / name, rgb[:4], alpha[:4])
+    assert first == [p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()]
+
+
+@pytest.mark.parametrize("name", ["clip.webm", "clip.mov"])
+def test_videos_return_alpha_and_straight_colour(tmp_path, name):
+    clip = procedural_clip(2, size=(64, 61), frames=5, shape="cube", color="green", material="glass", motion="growing")
+    write_rgba(tmp_path / name, clip.rgb, clip.alpha)
+    rgb, alpha = read_rgba(tmp_path / name)
+    assert rgb.shape == clip.rgb.shape and [p.name for p in tmp_path.iterdir()] == [name]
+    assert np.abs(alpha.astype(float) - clip.alpha).mean() < 1
+    half = (clip.alpha > 70) & (clip.alpha < 180)                         # premultiplied colour would be half as bright
+    assert np.abs(rgb[half].mean(0) - clip.rgb[half].mean(0)).max() < 6
+    assert np.abs(rgb[half].astype(float) - clip.rgb[half]).mean() < 12
+
+
+def test_mp4_holds_colour_of_any_size(tmp_path):
+    clip = procedural_clip(2, size=(33, 47), frames=3)
+    write_rgba(tmp_path / "rgb.mp4", clip.rgb)
+    rgb, alpha = read_rgba(tmp_path / "rgb.mp4")
+    assert rgb.shape == (3, 34, 48, 3) and alpha.min() == 255
+    assert np.abs(rgb[:, :33, :47].mean((0, 1, 2)) - clip.rgb.mean((0, 1, 2))).max() < 4
+
+
+def test_frames_shown_longer_come_back_more_often(tmp_path):
+    clip = procedural_clip(2, size=32, frames=4, motion="rising", two=0)
+    frames = np.concatenate([clip.rgb, clip.alpha[..., None]], -1)
+    iio.imwrite(tmp_path / "a.png", frames, plugin="pillow", is_batch=True, duration=[40, 80, 40, 120])
+    assert np.array_equal(read_rgba(tmp_path / "a.png")[1], clip.alpha[[0, 1, 1, 2, 3, 3, 3]])
+    iio.imwrite(tmp_path / "b.png", frames, plugin="pillow", is_batch=True, duration=[33, 33, 34, 33])
+    assert len(read_rgba(tmp_path / "b.png")[1]) == 4
+
+
+def test_a_matte_beside_a_clip_is_its_alpha(tmp_path):
+    clip = procedural_clip(4, frames=5, two=0)
+    write_rgba(tmp_path / "x.mp4", clip.rgb)
+    write_rgba(tmp_path / "x_pha.mp4", np.repeat(clip.alpha[..., None], 3, -1))
+    (tmp_path / "x.txt").write_text("a thing\n")
+    assert np.abs(read_rgba(tmp_path / "x.mp4")[1].astype(float) - clip.alpha).mean() < 3
+    samples = RGBADataset(tmp_path, frames=5)
+    assert len(samples) == 1 and samples[0]["caption"] == "a thing"
+    write_rgba(tmp_path / "x_pha.mp4", np.repeat(clip.alpha[:3, ..., None], 3, -1))
+    with pytest.raises(ValueError, match=r"x\.mp4 has .*5, 64, 64.* x_pha\.mp4 has .*3, 64, 64"):
+        read_rgba(tmp_path / "x.mp4")
+
+
+def test_wrong_media_is_one_sentence(tmp_path):
+    clip = procedural_clip(4)
+    for name in ("half.apng", "half.webm", "half.mov", "half.webp"):
+        write_rgba(tmp_path / name, clip.rgb, clip.alpha)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:(tmp_path / name).stat().st_size // 2])
+    for name in ("empty.png", "empty.mp4", "empty.zip"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    for path in tmp_path.iterdir():
+        with pytest.raises(ValueError) as error:
+            read_rgba(path)
+        assert path.name in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="nowhere.mov"):
+        read_rgba(tmp_path / "nowhere.mov")
+    with pytest.raises(ValueError, match="unknown ending"):
+        write_rgba(tmp_path / "clip.bmp", clip.rgb, clip.alpha)
+    with pytest.raises(ValueError, match="its colour is"):
+        write_rgba(tmp_path / "clip.mov", clip.rgb, clip.alpha[:2])
+    with pytest.raises(ValueError, match="holds no clip"):
+        RGBADataset(tmp_path / "folder")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        RGBADataset(tmp_path / "nowhere")
+
+
+def test_wrong_arguments_exit_with_2_and_a_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "opaque").mkdir()
+    iio.imwrite(tmp_path / "opaque/a.png", np.zeros((8, 8, 3), np.uint8))
+    for arguments, word in ((["x", "--size=60"], "16"), (["x", "--frames=16"], "4k+1"), (["x", "--clips=0"], "--clips"),
+                            (["file/x"], "cannot write"), (["x", f"--sprites={tmp_path}/opaque"], "transparency")):
+        with pytest.raises(SystemExit) as stop:
+            data.main([str(tmp_path / arguments[0]), *arguments[1:]])
+        message = capsys.readouterr().err
+        assert stop.value.code == 2 and word in message and message.count("\n") == 1
+
+
+# ---- pixels, data set, cache
+
+
+def test_bleed_fills_transparent_pixels_only():
+    clip = procedural_clip(5, frames=2, color="green", material="glass", shape="ring", motion="rising", two=0)
+    rgb = np.where(clip.alpha[..., None] > 0, clip.rgb, 0).astype(np.uint8)
+    filled = bleed(rgb, clip.alpha)
+    assert np.array_equal(filled[clip.alpha > 0], rgb[clip.alpha > 0])
+    outside = filled[clip.alpha == 0].astype(int)
+    assert np.abs(outside - np.array(COLORS["green"]) * 255).max(1).mean() < 40 and outside.sum(1).min() > 100
+    assert bleed(np.zeros((1, 5, 7, 3), np.uint8), np.zeros((1, 5, 7), np.uint8)).shape == (1, 5, 7, 3)
+
+
+def test_over_is_soft_rendering():
+    rgb, alpha = np.full((1, 1, 3, 3), 200, np.uint8), np.array([[[0, 50, 255]]], np.uint8)
+    assert over(rgb, alpha, (100, 100, 100))[0, 0, :, 0].tolist() == [100, 120, 200]
+    board = checkerboard(20, 20)
+    assert board.shape == (20, 20, 3) and (board[0, 0] != board[0, 8]).all() and (board[0, 0] == board[8, 8]).all()
+
+
+def test_dataset_items_have_the_ranges_of_the_models(tmp_path):
+    clip = procedural_clip(6, frames=5, material="bubble", two=0)
+    write_rgba(tmp_path / "red-soap_bubble.webp", clip.rgb, clip.alpha)
+    write_rgba(tmp_path / "still.png", clip.rgb[:1], clip.alpha[:1])
+    write_rgba(tmp_path / "frames", clip.rgb, clip.alpha)
+    samples = RGBADataset(tmp_path, size=64, frames=9)
+    assert [s["name"] for s in samples] == ["frames", "red-soap_bubble.webp", "still.png"]
+    item = samples[1]
+    assert item["rgb"].shape == (3, 9, 64, 64) and item["alpha"].shape == (1, 9, 64, 64)
+    assert item["rgb"].dtype == item["alpha"].dtype == torch.float32
+    assert -1 <= item["rgb"].min() < -0.3 and 0.9 < item["rgb"].max() <= 1
+    assert item["alpha"].min() == 0 and 0.5 < item["alpha"].max() <= 1
+    assert item["caption"] == "red soap bubble"
+    to_and_fro = [0, 1, 2, 3, 4, 3, 2, 1, 0]
+    assert np.array_equal((item["alpha"][0] * 255).round().numpy(), clip.alpha[to_and_fro])
+    assert np.allclose((item["rgb"].numpy() + 1) * 127.5, np.moveaxis(clip.rgb[to_and_fro], -1, 0), atol=0.01)
+    assert (samples[2]["rgb"] == samples[2]["rgb"][:, :1]).all()
+    frugal = RGBADataset(tmp_path, frames=3, cache_gb=0)
+    assert frugal[0]["alpha"].shape[1] == 3 and not frugal.kept and len(samples.kept) == 3
+
+
+def test_resizing_weighs_colour_by_alpha(tmp_path):
+    y, x = np.mgrid[:90, :120] + 0.5
+    alpha = (255 * (np.hypot(x - 60, y - 45) < 30)).astype(np.uint8)[None]
+    rgb = np.repeat(np.where(alpha[..., None] > 0, 240, 60).astype(np.uint8), 3, -1)          # dark around the disc
+    write_rgba(tmp_path / "disc.png", rgb, alpha)
+    item = RGBADataset(tmp_path, size=(32, 32), frames=1)[0]
+    assert item["alpha"].shape == (1, 1, 32, 32)
+    assert ((item["alpha"] > 0) & (item["alpha"] < 1)).sum() > 20
+    assert item["rgb"].min() > 2 * 237 / 255 - 1 and item["rgb"].max() < 2 * 243 / 255 - 1    # no dark or bright edge
+    assert abs(item["alpha"].sum() - np.pi * (30 * 32 / 90) ** 2) < 8      # covers: scaled by the height, middle kept
+
+
+def test_cached_tensors_are_named_by_all_they_depend_on(tmp_path):
+    assert cache_key("ab", "c") != cache_key("a", "bc") != cache_key("a", "b", "c")
+    assert cache_key(b"ab", 17) == cache_key("ab", "17") and len(cache_key("x")) == 64
+    save_tensors(tmp_path / "sub" / "z.safetensors", dict(z=torch.ones(2, 3).T), dict(caption="a red ball"))
+    with safe_open(tmp_path / "sub" / "z.safetensors", "pt") as file:
+        assert file.get_tensor("z").shape == (3, 2) and file.metadata()["caption"] == "a red ball"
+    assert [p.name for p in (tmp_path / "sub").iterdir()] == ["z.safetensors"]
+
+
+def test_the_figure_shows_colour_and_alpha(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data.main([])
+    assert iio.imread("out/procedural.png").shape == (8 * 128, 2 * 6 * 128, 3)
+    assert "yellow" in capsys.readouterr().out
+    clip = procedural_clip(1, size=32, frames=3, material="solid", two=0)
+    contact_sheet(tmp_path / "s.png", [(clip.rgb, clip.alpha)] * 2, columns=4, scale=1)
+    sheet = iio.imread(tmp_path / "s.png")
+    assert sheet.shape == (64, 256, 3) and np.array_equal(sheet[:32, 128:160, 0], clip.alpha[0])
+    assert np.array_equal(sheet[:32, :32], over(clip.rgb[:1], clip.alpha[:1], checkerboard(32, 32))[0])
+
+
+# ---- training
+
+
+ROOT = Path(train_vae.__file__).parent
+SMALL = ["--size", "32", "--seed", "3", "--save-every", "2", "--log-every", "1", "--lr", "1e-3"]
+
+
+def trained_folder(folder):
+    """The four trainings, two or four steps each at the smallest size, as the README has them: a whole checkpoint folder."""
+    data, out = str(folder / "data"), str(folder / "base")
+    assert run_command("data.py", data, "--clips", "3", "--size", "32", "--frames", "5") == 0
+    steps = {"vae-base": ["--stage", "base", "--schedule", "2:1:16:2,2:5:32:1", "--dim", "8"],
+             "dit-base": ["--stage", "base", "--steps", "4", "--batch", "2", "--dim", "24", "--heads", "2", "--layers", "1",
+                          "--text-dim", "16", "--text-layers", "1", "--text-len", "48", "--frames", "5"],
+             "vae-rgba": ["--schedule", "4:5:32:1", "--rank", "2", "--perceptual", "0"],
+             "dit-rgba": ["--steps", "4", "--batch", "2", "--rank", "2", "--frames", "5"]}
+    commands = {}
+    for name, flags in steps.items():
+        where = ["--out", out] if name == "vae-base" else ["--base", out, "--out", out]
+        cache = ["--cache", str(folder / "cache")] if name.startswith("dit") else []
+        commands[name] = (train_vae if name.startswith("vae") else train_dit, [data, *flags, *SMALL, *where, *cache])
+    return data, Path(out), commands
+
+
+def run_command(script, *arguments):
+    return subprocess.run([sys.executable, ROOT / script, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+
+
+def test_all_four_trainings_resume_bit_for_bit(tmp_path, monkeypatch):
+    """Stopped in the middle of step 3 and resumed, each run writes the same bytes as one that was never stopped."""
+    _, out, commands = trained_folder(tmp_path)
+    results = {"vae-base": "Wan2.1_VAE.safetensors", "dit-base": "diffusion_pytorch_model.safetensors",
+               "vae-rgba": "Wan-Alpha-v2-VAE.safetensors", "dit-rgba": "t2v.safetensors"}
+    torch.set_num_threads(1)
+    for name, (script, arguments) in commands.items():
+        script.main(arguments)
+        expected = load_file(out / results[name])
+        rows = [json.loads(line) for line in (out / name / "log.jsonl").open()]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(row["loss"] == row["loss"] for row in rows)
+        shutil.rmtree(out / name)
+        (out / results[name]).unlink()
+
+        generator = train_vae.step_generator
+
+        def killed(seed, step):
+            if step == 2:
+                raise KeyboardInterrupt
+            return generator(seed, step)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train_vae, "step_generator", killed)
+            script.main(arguments)
+        assert not (out / results[name]).exists() and (out / name / "checkpoint.pt").exists()
+        script.main([*arguments, "--resume"])
+        result = load_file(out / results[name])
+        assert result.keys() == expected.keys() and all(torch.equal(result[k], expected[k]) for k in expected), name
+    adapter = load_file(out / "Wan-Alpha-v2-VAE.safetensors")
+    assert adapter["vae_fgr.decoder.conv1.conv3D.lora_A.default.weight"].shape == (2, 16, 3, 3, 3)
+    assert adapter["vae_pha.decoder.middle.1.to_qkv.lora_B.default.weight"].shape == (96, 2, 1, 1)
+    assert "blocks.0.cross_attn.o.lora_magnitude_vector.default.weight" in load_file(out / "t2v.safetensors")
+
+
+def small_rgba():
+    torch.manual_seed(0)
+    vae = WanVAE(VAEConfig(dim=8, num_res_blocks=1))
+    vae.init_weights()
+    middle = FeatureMerge(64, 16, 32)
+    middle.start_as_rgb(vae)
+    return RGBAVAE(vae, middle).add_adapters(4)
+
+
+def test_rgba_step_learns_and_leaves_the_base_alone():
+    rgba = small_rgba()
+    base = {k: v.clone() for k, v in rgba.state_dict().items() if "lora" not in k and not k.startswith("middle")}
+    rgb, alpha = named("step.rgb", (1, 3, 5, 16, 16)).tanh(), named("step.alpha", (1, 1, 5, 16, 16)).sigmoid()
+    optimizers = train_vae.make_optimizers(rgba, Namespace(lr=3e-3, muon=True, lora_plus=16))
+    losses = []
+    for _ in range(12):
+        loss = train_vae.rgba_step(rgba, rgb, alpha, train_vae.step_generator(0, 0))["loss"]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(torch.equal(v, rgba.state_dict()[k]) for k, v in base.items())
+
+
+def test_muon_moves_kernels_as_matrices():
+    """A kernel and the same numbers as a matrix take the same step."""
+    kernel, matrix = (torch.nn.Parameter(named("kernel", (16, 2, 3, 3)).reshape(shape)) for shape in ((16, 2, 3, 3), (16, 18)))
+    for p in (kernel, matrix):
+        module = torch.nn.ParameterList([p, torch.nn.Parameter(torch.ones(1))])
+        _, muon = train_vae.make_optimizers(module, Namespace(lr=0.1, muon=True, lora_plus=1))
+        (p * named("slope", (16, 18)).reshape(p.shape)).sum().backward()
+        muon.step()
+    assert torch.equal(kernel.flatten(1), matrix) and not torch.equal(matrix, named("kernel", (16, 2, 3, 3)).flatten(1))
+
+
+def test_flow_step_draws_the_shifted_noise():
+    """A model that answers the true velocity without the shift misses it by mean * (1 - G), squared."""
+    z, mask = named("flow.z", (2, 16, 2, 4, 4)), torch.rand(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def loss_of(mean):
+        def model(z_t, t, context):
+            sigma = (t / 1000).view(-1, 1, 1, 1, 1)
+            return (z_t - z) / sigma                                # the velocity of the noise that was drawn
+        return float(train_dit.flow_step(model, z, None, train_vae.step_generator(0, 0), mask, mean)["mse"])
+    assert loss_of(0.05) < 1e-6
+    seen = []
+    for mean in (0.0, 0.5):
+        train_dit.flow_step(lambda z_t, t, _: seen.append(z_t / (t / 1000).view(-1, 1, 1, 1, 1)) or z_t, z, None,
+                            train_vae.step_generator(0, 0), mask, mean)
+    shift = (seen[1] - seen[0]).mean(1)
+    assert torch.allclose(shift, 0.5 * (1 - mask), atol=1e-3)
+
+
+@pytest.mark.parametrize("script, arguments, sentence", [
+    (train_vae, ["nowhere"], "nowhere"),
+    (train_vae, [], "give a folder"),
+    (train_vae, ["{data}", "--schedule", "10:4:64:2"], "4k\\+1"),
+    (train_vae, ["{data}", "--base", "nowhere", "--perceptual", "0"], "nowhere"),
+    (train_vae, ["{data}", "--vgg", "nowhere.pth"], "nowhere.pth.*--perceptual 0"),
+    (train_dit, ["{data}", "--frames", "16"], "4k\\+1"),
+    (train_dit, ["{data}", "--base", "nowhere"], "nowhere")])
+def test_trainings_refuse_wrong_input_in_one_sentence(script, arguments, sentence, tmp_path, capsys):
+    from data import procedural_clip, write_rgba
+    clip = procedural_clip(0, size=32, frames=5)
+    write_rgba(tmp_path / "data/0.apng", clip.rgb, clip.alpha)
+    arguments = [a.format(data=tmp_path / "data") for a in arguments] + ["--out", str(tmp_path / "out"), "--size", "32"]
+    assert train_vae.one_sentence(lambda: script.main(arguments)) == 2
+    said = capsys.readouterr().err.strip().split("error: ")[-1]
+    import re
+    assert re.search(sentence, said) and "\n" not in said
+
+
+# ---- generate.py
+
+
+GENERATE_FILES = ("rgba.webm", "rgba.mov", "frames", "preview.mp4", "preview.webp", "rgb.mp4", "alpha.mp4", "run.json")
+UMT5_NAME, VAE_NAME = "models_t5_umt5-xxl-enc-bf16.safetensors", "Wan2.1_VAE.safetensors"
+BASE_FILES = ("config.json", "google/umt5-xxl/tokenizer.json", UMT5_NAME, "diffusion_pytorch_model.safetensors", VAE_NAME,
+              "Wan-Alpha-v2-VAE.safetensors", "t2v.safetensors")
+
+
+def random_base(folder):
+    """A complete checkpoint folder like tiny/, with random weights that all have a say in what comes out."""
+    folder = Path(folder)
+    torch.manual_seed(0)
+    captions = ["A red glass ball moving from left to right.", "a smoky blue ghost, rising"]
+    (folder / "google/umt5-xxl").mkdir(parents=True)
+    make_tokenizer(captions).save(str(folder / "google/umt5-xxl/tokenizer.json"))
+    text = UMT5(T5Config(vocab=64, dim=32, dim_attn=32, dim_ffn=64, num_heads=2, num_layers=2, num_buckets=32))
+    save_file(text.state_dict(), folder / UMT5_NAME)
+    vae = WanVAE(VAEConfig(dim=8, num_res_blocks=1))
+    vae.init_weights()
+    save_file(vae.state_dict(), folder / VAE_NAME, dict(mean=json.dumps([0.1] * 16), std=json.dumps([0.9] * 16)))
+    rgba = RGBAVAE(vae, FeatureMerge(64, 16, 32)).add_adapters(rank=4)
+    dit = WanDiT(DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=32))
+    torch.nn.init.normal_(dit.head.head.weight, std=0.2)
+    save_file(dit.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    add_dora(dit, 4, 4, targets=r".*_attn\.[qkvo]|.*\.ffn\.[02]")
+    for module in (rgba, dit):
+        for name, parameter in module.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.3) if name.endswith("lora_B") else None
+    save_file(rgba.adapter_state(), folder / "Wan-Alpha-v2-VAE.safetensors")
+    save_file(adapter_state(dit), folder / "t2v.safetensors")
+    config = dict(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=32)
+    config["generate"] = dict(size=[48, 32], frames=5, fps=8, steps=2, vae_adapter="Wan-Alpha-v2-VAE.safetensors", dora="t2v.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@functools.cache
+def kept():
+    """A folder for all tests of this file; it goes when the object does."""
+    return tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def base():
+    return random_base(Path(kept().name) / "base")
+
+
+def arguments(prompt, out, *flags):
+    return [prompt, "--base", str(base()), "--out", str(out), *map(str, flags)]
+
+
+def make(prompt, out, *flags):
+    return generate.generate(generate.make_parser().parse_args(arguments(prompt, out, *flags)))
+
+
+@functools.cache
+def clip():
+    """The folder of one clip, and the alpha that its decoders gave."""
+    decode, seen = generate.decode, []
+    generate.decode = lambda *args: seen.append(decode(*args)) or seen[0]
+    try:
+        return make("A red glass ball", Path(kept().name) / "out", "--seed", 3), *seen[0]
+    finally:
+        generate.decode = decode
+
+
+def pngs(folder):
+    return [path.read_bytes() for path in sorted((folder / "frames").iterdir())]
+
+
+def test_generate_writes_every_file():
+    folder, rgb, alpha = clip()
+    assert folder.name == "a-red-glass-ball-3"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(GENERATE_FILES)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]             # nothing temporary is left
+    assert rgb.shape == (5, 32, 48, 3) and alpha.shape == (5, 32, 48) and alpha.dtype == np.uint8
+    assert alpha.std() > 5 and rgb.std() > 5                                            # worth a test
+    for name in GENERATE_FILES[:-1]:
+        assert read_rgba(folder / name)[0].shape == rgb.shape, name
+
+
+def test_generate_keeps_alpha():
+    folder, rgb, alpha = clip()
+    frames = read_rgba(folder / "frames")
+    assert np.array_equal(frames[0], rgb) and np.array_equal(frames[1], alpha)
+    for name in ("rgba.webm", "rgba.mov"):
+        assert np.abs(read_rgba(folder / name)[1].astype(float) - alpha).mean() < 3, name
+    assert np.abs(read_rgba(folder / "alpha.mp4")[0].astype(float) - alpha[..., None]).mean() < 3
+    preview, _ = read_rgba(folder / "preview.webp")
+    opacity = alpha[:, 0, 0] / 255                                                  # of a corner, over the light square
+    assert np.abs(preview[:, 0, 0, 0] - (rgb[:, 0, 0, 0] * opacity + 226 * (1 - opacity))).max() <= 1
+
+
+def test_generate_records_the_run():
+    folder, *_ = clip()
+    run = json.loads((folder / "run.json").read_text())
+    asked = run["arguments"]
+    assert run["seed"] == 3 and asked["prompt"] == "A red glass ball" and asked["size"] == [48, 32] and asked["fps"] == 8
+    assert asked["steps"] == 2 and asked["mean"] == 0.05                            # from config.json, and Wan's
+    assert run["versions"]["torch"] == torch.__version__ and run["versions"]["python"] == sys.version.split()[0]
+    assert list(run["stages"]) == ["text", "transformer", "decode", "write"]
+    assert all(stage["seconds"] >= 0 and stage["host_mib"] > 50 for stage in run["stages"].values())
+    hashes = {str(base() / name): hashlib.sha256((base() / name).read_bytes()).hexdigest() for name in BASE_FILES[1:]}
+    assert run["weights"] == hashes
+
+
+def test_same_seed_same_bytes(tmp_path):
+    folder, *_ = clip()
+    assert pngs(make("A red glass ball", tmp_path, "--seed", 3)) == pngs(folder)
+    assert pngs(make("A red glass ball", tmp_path, "--seed", 4)) != pngs(folder)
+
+
+def test_every_argument_has_a_say():
+    def latent(prompt="A red glass ball", *flags):
+        args = generate.settle(generate.make_parser().parse_args(arguments(prompt, "out", *flags)))
+        with torch.inference_mode():
+            return generate.sample(args, generate.encode_prompt(args), generate.make_mask(args))
+    plain = latent()
+    assert torch.equal(plain, latent()) and plain.shape == (1, 16, 2, 4, 6)
+    for change in (("a smoky blue ghost",), (), ("--seed", 1), ("--steps", 3), ("--shift", 3), ("--guidance", 2, "--negative", "ghost"),
+                   ("--mean", 0), ("--mean", 0.1), ("--mask", "0.2,0.5,0.2,0.3"), ("--dora", ""), ("--sampler", "unipc"),
+                   ("--dtype", "bfloat16")):
+        same = latent(*change) if len(change) == 1 else latent("A red glass ball", *change)
+        assert torch.equal(plain, same) == (not change), change
+    assert latent("A red glass ball", "--size", "32x48", "--frames", 9).shape == (1, 16, 3, 6, 4)
+
+
+def test_mean_shift_reaches_the_noise(monkeypatch):
+    seen = []
+    monkeypatch.setattr(generate, "euler", lambda model, noise, sigmas: seen.append(noise) or [(0, noise)])
+    for flags in (("--mean", 0), ("--mean", 5, "--mask", "0.25,0.5,0.2,0.2")):
+        args = generate.settle(generate.make_parser().parse_args(arguments("ball", "out", "--size", "64x64", *flags)))
+        generate.sample(args, [], generate.make_mask(args))
+    shift = (seen[1] - seen[0])[0, :, 0]                                            # (c h w)
+    assert shift.min() >= 0 and shift[:, 4, 1].max() < 1.5 and shift[:, 4, 7].min() > 4.9    # none inside, all outside
+
+
+def test_guidance_reads_the_negative_prompt(monkeypatch):
+    load, read = generate.load_text_encoder, []
+    monkeypatch.setattr(generate, "load_text_encoder", lambda *args: lambda prompts: read.append(prompts) or load(*args)(prompts))
+
+    def run(*flags):
+        args = generate.settle(generate.make_parser().parse_args(arguments("ball", "out", *flags)))
+        with torch.inference_mode():
+            return generate.sample(args, generate.encode_prompt(args), None)
+    plain, zero, away = run("--steps", 1), run("--steps", 1, "--guidance", 0, "--negative", "ghost"), run(
+        "--steps", 1, "--guidance", 3, "--negative", "ghost")
+    assert read == [["ball"], ["ball", "ghost"], ["ball", "ghost"]]
+    assert torch.allclose(away, zero + 3 * (plain - zero), atol=1e-4) and not torch.allclose(away, plain, atol=1e-3)
+
+
+def test_pixels_are_rounded():
+    pieces = [torch.tensor([[[[[-0.5, 0.5 / 255 - 1e-4, 0.5 / 255 + 1e-4, 254.6 / 255, 1.5]]]]])] * 2
+    assert generate.to_bytes(pieces)[..., 0].tolist() == [[[0, 0, 1, 255, 255]]] * 2
+
+
+def test_masks_of_every_kind(tmp_path):
+    def mask(spec, *flags):
+        args = arguments("ball", "out", "--size", "64x64", "--mask", spec, *flags)
+        return generate.make_mask(generate.settle(generate.make_parser().parse_args(args)))
+    alpha = np.zeros((3, 32, 32), np.uint8)
+    alpha[:, 4:28, 4:12] = 255
+    rgb = np.full((3, 32, 32, 3), 90, np.uint8)
+    write_rgba(tmp_path / "clip.webm", rgb, alpha)
+    write_rgba(tmp_path / "frames", rgb, alpha)
+    write_rgba(tmp_path / "matte.mp4", np.repeat(alpha[..., None], 3, -1))
+    saved = mask(tmp_path / "frames")
+    torch.save(saved, tmp_path / "gauss_mask")
+    torch.save(saved, tmp_path / "mask.pt")
+    save_file({"mask": saved}, tmp_path / "mask.safetensors")
+    assert saved.shape == (2, 8, 8) and saved[0].argmax() % 8 in (1, 2)
+    for name in ("clip.webm", "matte.mp4", "gauss_mask", "mask.pt", "mask.safetensors"):
+        assert torch.allclose(mask(tmp_path / name), saved, atol=0.05), name
+    moving = mask("0:0.2,0.5,0.2,0.2; 1:0.8,0.5,0.2,0.2")
+    assert moving[0].argmax() % 8 < 4 <= moving[1].argmax() % 8
+    assert mask("this is not read", "--mean", 0) is None
+
+
+def fails(capsys, *argv):
+    """The one sentence that the command ends with, exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        generate.main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.startswith("generate.py: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "encode_prompt", lambda args: pytest.fail("long work before the error"))
+    torch.save(torch.full((2, 4, 4), float("nan")), tmp_path / "nan.pt")
+    torch.save(torch.zeros(2, 4, 4), tmp_path / "zero.pt")
+    write_rgba(tmp_path / "empty.webp", np.zeros((1, 32, 32, 3), np.uint8), np.zeros((1, 32, 32), np.uint8))
+    for name in ("text.pt", "text.safetensors", "text.webm", "file"):
+        (tmp_path / name).write_text("nothing of the kind")
+    (tmp_path / "ball-0").mkdir()
+    wrong = [("--size", "50x32", "--size"), ("--size", "0x0", "--size"), ("--size", "8x8", "--size"), ("--size", "64", "'64'"),
+             ("--size", "-16x32", "--size"), ("--frames", 4, "4k+1"), ("--frames", -3, "4k+1"), ("--frames", "x", "--frames"),
+             ("--steps", 0, "--steps"), ("--shift", 0, "--shift"), ("--shift", "inf", "--shift"), ("--mean", "nan", "--mean"),
+             ("--guidance", "inf", "--guidance"), ("--seed", -1, "--seed"), ("--seed", 2 ** 70, "--seed"),
+             ("--sampler", "ddim", "ddim"), ("--base", tmp_path / "none", "config.json"), ("--base", tmp_path, "config.json"),
+             ("--vae-adapter", tmp_path / "none", "none"), ("--dora", tmp_path / "none", "none"),
+             ("--vae-adapter", base() / "t2v.safetensors", "t2v"), ("--dora", base() / VAE_NAME, VAE_NAME),
+             ("--distill", tmp_path / "text.safetensors", "text.safetensors"),
+             ("--mask", "nowhere.webm", "nowhere.webm"), ("--mask", "a ball", "a ball"), ("--mask", "0.5,0.5,0,0.2", "0.5"),
+             ("--mask", tmp_path / "nan.pt", "nan"), ("--mask", tmp_path / "zero.pt", "empty"),
+             ("--mask", tmp_path / "empty.webp", "empty"), ("--mask", tmp_path / "text.pt", "text.pt"),
+             ("--mask", tmp_path / "text.safetensors", "text.safetensors"), ("--mask", tmp_path / "text.webm", "text.webm"),
+             ("--out", tmp_path / "file", "--out"), ("--out", tmp_path, "ball-0")]
+    for flag, value, word in wrong:
+        argv = arguments("ball", tmp_path / "out", flag, value)
+        assert word in fails(capsys, *argv), (flag, value)
+    for prompt in ("", "  \n", "&nbsp;"):
+        assert "prompt" in fails(capsys, *arguments(prompt, tmp_path / "out"))
+    assert "PROMPT" in fails(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_base_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "encode_prompt", lambda args: pytest.fail("long work before the error"))
+    folder = shutil.copytree(base(), tmp_path / "base")
+    other = {name: BASE_FILES[2 + i % (len(BASE_FILES) - 2)] for i, name in enumerate(BASE_FILES[2:], 1)}
+    for name in BASE_FILES:
+        whole, stem = (base() / name).read_bytes(), name.split("/")[-1].split(".")[0]
+        breaks = [None, b"", whole[:len(whole) // 2], b"nothing of the kind"]
+        breaks += [(base() / other[name]).read_bytes()] if name in other else []
+        for broken in breaks:
+            (folder / name).unlink()
+            (folder / name).write_bytes(broken) if broken is not None else None
+            assert stem in fails(capsys, "ball", "--base", folder, "--out", tmp_path / "out"), (name, broken and broken[:20])
+            (folder / name).write_bytes(whole)
+    config = json.loads((folder / "config.json").read_text())
+    del config["generate"]["vae_adapter"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "--vae-adapter" in fails(capsys, "ball", "--base", folder, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_names():
+    name = generate.folder_name
+    assert name("A red glass ball, bouncing!", 0) == "a-red-glass-ball-bouncing-0"
+    assert name("一只红色的玻璃球", 7) == "一只红色的玻璃球-7"
+    assert name("Élan: 2 balls 🐉", 1) == "élan-2-balls-1"
+    assert name("🐉", 0) != name("🐱", 0) and name("🐉", 0).startswith("clip-")
+    assert name("../../etc", 0) == "etc-0"
+    template = "This video has a transparent background. Close-up shot. A {} flying. Realistic style."
+    assert name(template.format("parrot"), 0) != name(template.format("dragon"), 0)
+    assert all(len(name(word * 3000, 0).encode()) <= 180 for word in ("word ", "球", "𠀀", "a"))
+
+
+def test_earlier_result_is_replaced_whole_or_kept(tmp_path, monkeypatch):
+    final = tmp_path / "ball-0"
+    final.mkdir()
+    (final / "run.json").write_text("earlier")
+    with pytest.raises(OSError), generate.result_folder(final) as folder:
+        (folder / "run.json").write_text("half")
+        raise OSError("the disk is full")
+    assert (final / "run.json").read_text() == "earlier" and list(tmp_path.iterdir()) == [final]
+    with generate.result_folder(final) as folder:
+        (folder / "run.json").write_text("new")
+    assert (final / "run.json").read_text() == "new" and list(tmp_path.iterdir()) == [final]
+
+
+def test_generate_takes_any_prompt_from_anywhere(tmp_path):
+    prompt = "一只红色的玻璃球 🐉 " + "word " * 3000
+    command = [sys.executable, generate.__file__, prompt, "--base", base(), "--frames", "1", "--size", "16x16"]
+    start = time.time()
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (folder,) = (tmp_path / "out").iterdir()
+    assert run.stdout == f"{Path('out') / folder.name}\n" and folder.name.startswith("一只红色的玻璃球-word-word")
+    cut = [line for line in run.stderr.splitlines() if "cut" in line]
+    assert len(cut) == 1 and cut[0].startswith("generate.py: the prompt has") and "limit 32" in cut[0]
+    assert read_rgba(folder / "frames")[1].shape == (1, 16, 16)
+    print(f"cold start {time.time() - start:.1f} s")

@@ -1,0 +1,291 @@
+"""Train the diffusion transformer: a base on RGB latents from scratch (--stage base), or Wan-Alpha's DoRA on a frozen base.
+
+    python train_dit.py data/ --stage base --base base --out base     # text encoder and transformer: what Wan2.1 is to Wan-Alpha
+    python train_dit.py data/ --base base --out base                  # DoRA on RGBA latents with the mean shift (paper, section 3.3)
+    python train_dit.py --eval --base base                            # scores of 200 unseen prompts
+
+Both stages learn rectified flow: z_t = sigma noise + (1 - sigma) z, loss = w(t) |v_hat - (noise - z)|^2. Latents are encoded once and
+kept in a cache, one file a clip; so is the text's context where the encoder is frozen. Stage rgba draws its noise with a mean of mu
+outside the Gaussian ellipse of the clip's alpha. The loop, with its logs, checkpoints and exact resume, is `fit` in train_vae.py.
+dtype rule: parameters, times and losses in float32; with --bf16 the forward passes run under autocast.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from safetensors.torch import load_file
+from torch import nn
+from tqdm import tqdm
+
+from data import RGBADataset, cache_key, contact_sheet, save_tensors, save_text
+from dit import DiTConfig, WanDiT, load_dit
+from dora import adapter_state, add_dora
+from losses import PALETTE, soft_render
+from merge import load_rgba_vae
+from sampler import ellipse_mask, euler, flow_target, gaussian_mask, interpolate, sample_sigma, shift_noise, shifted_sigmas
+from text import T5Config, TextEncoder, UMT5, load_text_encoder, make_tokenizer
+from train_vae import TINY, find_vae, fit, make_optimizers, one_sentence, precision, record_run, step_generator, stored
+from vae import load_vae
+
+DORA_TARGETS = ["q", "k", "v", "o", "ffn.0", "ffn.2"]      # of every block, both attentions
+BACKGROUNDS = dict(zip(("black", "blue", "green", "cyan", "red", "magenta", "yellow", "white"), PALETTE))
+
+
+# ---- what is learnt from: latents, encoded once
+
+
+def cached(folder: Path, key: str, make) -> dict:
+    """The tensors stored under `key`, made and stored on the first call. The key names all that they depend on."""
+    file = folder / f"{key}.safetensors"
+    if not file.exists():
+        save_tensors(file, make())
+    return load_file(file)
+
+
+def to_video(rgb, alpha):
+    """uint8 (t, h, w, 3), (t, h, w) -> rgb (1, 3, t, h, w) in [-1, 1], alpha (1, 1, t, h, w) in [0, 1]."""
+    return rearrange(torch.as_tensor(rgb), "t h w c -> 1 c t h w") / 127.5 - 1, torch.as_tensor(alpha)[None, None] / 255
+
+
+def on_background(caption: str, color: str) -> str:
+    """The caption of an RGB clip: its background is named where the RGBA caption says that there is none."""
+    return caption.replace("transparent background", f"{color} background")
+
+
+@torch.no_grad()
+def rgb_latents(args, dataset) -> tuple[torch.Tensor, list[str]]:
+    """Stage base: every clip rendered on white and on another palette colour -> z (n, 16, t', h', w') and captions.
+    A caption that names no background is always on white."""
+    vae, file = load_vae(find_vae(args.base)), find_vae(args.base).read_bytes()
+    latents, captions, names = [], [], list(BACKGROUNDS)
+    for i in tqdm(range(len(dataset)), desc="latents"):
+        rgb, alpha = to_video(*dataset.clip(i))
+        other = names[i % 7] if "transparent background" in dataset.caption(i) else "white"
+        colors = list(dict.fromkeys(("white", other)))
+
+        def make():
+            video = torch.cat([soft_render(rgb, alpha, BACKGROUNDS[color]) for color in colors])
+            with precision(args):
+                return {"z": vae.encode(video, chunk=None).float()}
+        key = cache_key(dataset.paths[i].read_bytes(), file, args.size, args.frames, *colors)
+        latents.append(cached(Path(args.cache), key, make)["z"])
+        captions += [on_background(dataset.caption(i), color) for color in colors]
+    return torch.cat(latents), captions
+
+
+@torch.no_grad()
+def rgba_latents(args, dataset) -> list[dict]:
+    """Stage rgba: one dict a clip: z (16, t', h', w'), G (t', h', w') of its alpha, context (l, d) of its caption."""
+    adapter = Path(args.vae_adapter)
+    rgba, text = load_rgba_vae(find_vae(args.base), adapter), load_text_encoder(args.base)
+    weights = [cache_key(file.read_bytes()) for file in (find_vae(args.base), adapter)]
+    weights.append(cache_key(*(p.numpy().tobytes() for p in text.model.parameters())))
+    items = []
+    for i in tqdm(range(len(dataset)), desc="latents"):
+        def make():
+            rgb, alpha = to_video(*dataset.clip(i))
+            with precision(args):
+                z = rgba.encode(rgb, alpha, chunk=None).float()[0]
+            return {"z": z, "mask": gaussian_mask(alpha[0, 0]), "context": text([dataset.caption(i)])[0]}
+        key = cache_key(dataset.paths[i].read_bytes(), dataset.caption(i), args.size, args.frames, *weights)
+        items.append(cached(Path(args.cache), key, make))
+    return items
+
+
+# ---- one step
+
+
+def flow_step(dit, z, context, generator, mask=None, mean=0.05, shift=5.0, weighted=True) -> dict:
+    """Rectified flow on latents z (b, 16, t, h, w); context: (b, l, d) or a list of (l, d); mask: G (b, t, h, w), where the noise
+    keeps mean 0, outside it gets `mean`. weighted: by w(t) as the official code, else all noise levels alike."""
+    sigma, weight = sample_sigma(len(z), generator, shift)
+    noise = torch.randn(z.shape, generator=generator).to(z)
+    if mask is not None:
+        noise = shift_noise(noise, mask, mean)
+    v_hat = dit(interpolate(z, noise, sigma), 1000 * sigma, context)
+    error = (v_hat.float() - flow_target(z, noise)).square().mean(dim=(1, 2, 3, 4))
+    return dict(loss=(weight * error).mean() if weighted else error.mean(), mse=error.mean())
+
+
+def train_base(args, dataset, run: Path):
+    latents, captions = rgb_latents(args, dataset)
+    text = TextEncoder(make_tokenizer(captions), None, args.text_len)
+    vocab = text.tokenizer.get_vocab_size()
+    text.model = UMT5(T5Config(vocab, args.text_dim, args.text_dim, 2 * args.text_dim, 4, args.text_layers, 32))
+    config = DiTConfig(args.dim, 4 * args.dim, args.heads, args.layers, text_dim=args.text_dim, text_len=args.text_len)
+    both = nn.ModuleDict(dict(text=text.model, dit=WanDiT(config)))
+    ids, mask = text.tokenize(captions + [""])
+
+    def loss(step, generator):
+        pick = torch.randint(len(latents), (args.batch,), generator=generator)
+        empty = torch.rand(args.batch, generator=generator) < args.drop_text
+        words = torch.where(empty, len(captions), pick)
+        longest = int(mask[words].sum(1).max())
+        with precision(args):
+            context = both["text"](ids[words, :longest], mask[words, :longest])
+            context = context * mask[words, :longest, None]
+            return flow_step(both["dit"], latents[pick], context, generator, shift=args.shift, weighted=False)
+
+    @torch.no_grad()
+    def sheet(path):
+        vae, names = load_vae(find_vae(args.base)), captions[:6]
+        noise = torch.randn(len(names), *latents.shape[1:], generator=step_generator(args.seed, -2))
+        *_, (_, z) = euler(lambda z, t: both["dit"](z, t, text(names)), noise, shifted_sigmas(8, args.shift))
+        video = rearrange((vae.decode(z) + 1) * 127.5, "b c t h w -> b t h w c").clamp(0, 255).byte().numpy()
+        contact_sheet(path, [(clip, np.full(clip.shape[:3], 255, np.uint8)) for clip in video])
+        save_text(path.with_suffix(".txt"), "\n".join(names))
+
+    fit(args, run, both, make_optimizers(both, args), args.steps, loss, sheet)
+    out = Path(args.out)
+    save_tensors(out / "diffusion_pytorch_model.safetensors", stored(both["dit"].state_dict(), args.half))
+    save_tensors(out / "models_t5_umt5-xxl-enc-bf16.safetensors", stored(both["text"].state_dict(), args.half))
+    (out / "google/umt5-xxl").mkdir(parents=True, exist_ok=True)
+    text.tokenizer.save(str(out / "google/umt5-xxl/tokenizer.json"))
+    generate = dict(size=[args.size] * 2, frames=args.frames, fps=16, steps=4, shift=args.shift, guidance=1.0, mean=args.mean,
+                    vae_adapter="Wan-Alpha-v2-VAE.safetensors", dora="t2v.safetensors")       # what the rgba stages will add
+    described = {"_class_name": "WanModel", "model_type": "t2v"} | asdict(config) | {"generate": generate}
+    save_text(out / "config.json", json.dumps(described, indent=2) + "\n")
+
+
+def train_rgba(args, dataset, run: Path):
+    items = rgba_latents(args, dataset)
+    dit = add_dora(load_dit(args.base), args.rank, args.rank, DORA_TARGETS)
+    latents, masks = (torch.stack([item[name] for item in items]) for name in ("z", "mask"))
+
+    def loss(step, generator):
+        pick = torch.randint(len(items), (args.batch,), generator=generator)
+        context = [items[i]["context"] for i in pick]
+        with precision(args):
+            return flow_step(dit, latents[pick], context, generator, masks[pick], args.mean, args.shift, not args.unweighted)
+
+    rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter)
+    sheet = lambda path: contact_sheet(path, sample(dit, rgba, [item["context"] for item in items[:6]], masks[:6], args))
+    fit(args, run, dit, make_optimizers(dit, args), args.steps, loss, sheet)
+    save_tensors(Path(args.out) / "t2v.safetensors", stored(adapter_state(dit), args.half))
+
+
+# ---- scores
+
+
+@torch.no_grad()
+def sample(dit, rgba, contexts, masks, args, steps: int = 4, seed: int = 0) -> list:
+    """Clips (rgb, alpha), uint8, one a context (l, d); masks: G (b, t', h', w')."""
+    shape = (16, *masks.shape[1:])
+    noise = torch.stack([torch.randn(shape, generator=step_generator(seed, i)) for i in range(len(contexts))])
+    noise = shift_noise(noise, masks, args.mean)
+    *_, (_, z) = euler(lambda z, t: dit(z, t, contexts), noise, shifted_sigmas(steps, args.shift))
+    rgb, alpha = rgba.decode(z, chunk=None)
+    rgb = rearrange((rgb + 1) * 127.5, "b c t h w -> b t h w c").clamp(0, 255).round().byte().numpy()
+    return list(zip(rgb, (alpha[:, 0] * 255).clamp(0, 255).round().byte().numpy()))
+
+
+def evaluate(dit, rgba, text, args, prompts, steps: int = 4, mean: float | None = None, mask=None) -> tuple[list, list[dict]]:
+    """Clips of (prompt, attributes) pairs and the scores of each. mask: G (t', h', w'), default the centred ellipse."""
+    mask = ellipse_mask(args.frames, args.size, args.size) if mask is None else mask
+    args = argparse.Namespace(**vars(args) | dict(mean=args.mean if mean is None else mean))
+    clips = []
+    for start in tqdm(range(0, len(prompts), 20), desc=f"{steps} steps", leave=False):
+        part = prompts[start:start + 20]
+        contexts = text([prompt for prompt, _ in part])
+        clips += sample(dit, rgba, contexts, mask.expand(len(part), -1, -1, -1), args, steps, args.seed + len(clips))
+    return clips, [score_clip(*clip, attributes) for clip, (_, attributes) in zip(clips, prompts)]
+
+
+def ellipse_control(dit, rgba, text, args, prompts) -> dict:
+    """Does the object follow the ellipse? Correlation of the ellipse's x (0.3, 0.5, 0.7) with the mean x of the clip's alpha, and of the
+    ellipse's half axis (0.25, 0.45) with the root of its mean area, over the same prompts and noise."""
+    found = {"position": ([], []), "size": ([], [])}
+    for x, half in ((0.3, 0.35), (0.5, 0.35), (0.7, 0.35), (0.5, 0.25), (0.5, 0.45)):
+        mask = ellipse_mask(args.frames, args.size, args.size, [(0, x, 0.5, half, half, 0)])
+        for _, alpha in evaluate(dit, rgba, text, args, prompts, mask=mask)[0]:
+            share = alpha.astype(np.float64).sum((0, 1))
+            name, asked, got = (("position", x, share @ np.arange(len(share)) / max(share.sum(), 1)) if half == 0.35
+                                else ("size", half, alpha.mean() ** 0.5))
+            found[name][0].append(asked)
+            found[name][1].append(got)
+    return {name: float(np.corrcoef(*pair)[0, 1]) for name, pair in found.items()}
+
+
+def run_eval(args):
+    """Tables on stdout; the clips of the first prompts as OUT/eval.png."""
+    text = load_text_encoder(args.base)
+    dit = load_dit(args.base, [(args.dora or Path(args.base) / "t2v.safetensors", 1.0)])
+    rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter)
+    prompts = test_prompts(200)
+    clips, rows = evaluate(dit, rgba, text, args, prompts)
+    contact_sheet(Path(args.out) / "eval.png", clips[:24])
+    print(f"{len(prompts)} unseen prompts, 4 Euler steps, shift {args.shift}, mean {args.mean}\n{score_table(rows)}")
+    for steps in (1, 2, 8, 20):
+        print(f"\n{steps} steps\n{score_table(evaluate(dit, rgba, text, args, prompts, steps)[1])}")
+    print(f"\n4 steps, mean shift off\n{score_table(evaluate(dit, rgba, text, args, prompts, mean=0.0)[1])}")
+    for name, value in ellipse_control(dit, rgba, text, args, prompts[:60]).items():
+        print(f"correlation of the ellipse's {name} with the object's: {value:.2f}")
+
+
+# ---- the command
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("data", nargs="?", help="folder of captioned RGBA clips (python data.py makes one)")
+    add("--stage", choices=("rgba", "base"), default="rgba", help="DoRA on RGBA latents, or transformer and text encoder from scratch")
+    add("--base", default=str(TINY), help="checkpoint folder with the frozen base; stage base: with the VAE")
+    add("--vae-adapter", help="RGBA adapter of the VAE; default: Wan-Alpha-v2-VAE.safetensors in --base")
+    add("--dora", help="the DoRA that --eval scores; default: t2v.safetensors in --base")
+    add("--out", default="runs/dit", help="folder that the result and the run's records go to")
+    add("--cache", default="runs/cache", help="folder of encoded latents, reused where nothing they depend on has changed")
+    add("--eval", action="store_true", help="score 200 unseen prompts instead of training")
+    add("--steps", type=int, default=1750, help="training steps")
+    add("--batch", type=int, default=8, help="clips a step")
+    add("--lr", type=float, default=1e-4, help="peak learning rate")
+    add("--muon", action="store_true", help="Muon for matrices, AdamW for the rest; without: AdamW for all")
+    add("--lora-plus", type=float, default=1.0, help="how many times larger the steps of LoRA's B are")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--rank", type=int, default=32, help="rank of the DoRA; its scale is 1")
+    add("--mean", type=float, default=0.05, help="mu: mean of the noise outside the ellipse")
+    add("--shift", type=float, default=5.0, help="shift of the noise levels")
+    add("--unweighted", action="store_true", help="all noise levels weigh alike, not by w(t)")
+    add("--dim", type=int, default=192, help="stage base: width of the transformer")
+    add("--heads", type=int, default=6, help="stage base: its heads")
+    add("--layers", type=int, default=6, help="stage base: its blocks")
+    add("--text-dim", type=int, default=128, help="stage base: width of the text encoder")
+    add("--text-layers", type=int, default=2, help="stage base: its layers")
+    add("--text-len", type=int, default=64, help="stage base: tokens of a prompt at most")
+    add("--drop-text", type=float, default=0.1, help="stage base: share of samples trained with the empty prompt")
+    add("--size", type=int, default=64, help="side in pixels that clips are scaled to")
+    add("--frames", type=int, default=17, help="frames of a clip, 4k+1")
+    add("--bf16", action="store_true", help="forward passes in bfloat16: faster where the processor has it")
+    add("--half", action="store_true", help="store the result in float16")
+    add("--seed", type=int, default=0, help="of weights, batches and noise")
+    add("--resume", action="store_true", help="go on from the last checkpoint of the same run")
+    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    add("--save-every", type=int, default=500, help="steps between checkpoints and contact sheets")
+    args = parser.parse_args(argv)
+    args.vae_adapter = args.vae_adapter or str(Path(args.base) / "Wan-Alpha-v2-VAE.safetensors")
+    if not args.eval and not args.data:
+        raise ValueError("give a folder of clips to train on, or --eval")
+    if args.frames % 4 != 1 or args.size % 16:
+        raise ValueError(f"--frames {args.frames} must be 4k+1 and --size {args.size} a multiple of 16")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    if args.eval:
+        return run_eval(args)
+    dataset = RGBADataset(args.data, args.size, args.frames)
+    run = Path(args.out) / f"dit-{args.stage}"
+    record_run(run, args)
+    (train_base if args.stage == "base" else train_rgba)(args, dataset, run)
+
+
+if __name__ == "__main__":
+    sys.exit(one_sentence(main))
