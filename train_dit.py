@@ -13,17 +13,21 @@ dtype rule: parameters, times and losses in float32; with --bf16 the forward pas
 import argparse
 import json
 import sys
+from collections import Counter
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from data import RGBADataset, cache_key, contact_sheet, save_tensors, save_text
+from data import (COLORS, MATERIALS, MOTIONS, SHAPES, RGBADataset, cache_key, caption_of, contact_sheet, distance_table, held_out,
+                  save_tensors, save_text)
 from dit import DiTConfig, WanDiT, load_dit
 from dora import adapter_state, add_dora
 from losses import PALETTE, soft_render
@@ -62,7 +66,7 @@ def on_background(caption: str, color: str) -> str:
 def rgb_latents(args, dataset) -> tuple[torch.Tensor, list[str]]:
     """Stage base: every clip rendered on white and on another palette colour -> z (n, 16, t', h', w') and captions.
     A caption that names no background is always on white."""
-    vae, file = load_vae(find_vae(args.base)), find_vae(args.base).read_bytes()
+    vae, file = load_vae(find_vae(args.base), device=args.device), find_vae(args.base).read_bytes()
     latents, captions, names = [], [], list(BACKGROUNDS)
     for i in tqdm(range(len(dataset)), desc="latents"):
         rgb, alpha = to_video(*dataset.clip(i))
@@ -72,7 +76,7 @@ def rgb_latents(args, dataset) -> tuple[torch.Tensor, list[str]]:
         def make():
             video = torch.cat([soft_render(rgb, alpha, BACKGROUNDS[color]) for color in colors])
             with precision(args):
-                return {"z": vae.encode(video, chunk=None).float()}
+                return {"z": vae.encode(video.to(args.device), chunk=None).float().cpu()}
         key = cache_key(dataset.paths[i].read_bytes(), file, args.size, args.frames, *colors)
         latents.append(cached(Path(args.cache), key, make)["z"])
         captions += [on_background(dataset.caption(i), color) for color in colors]
@@ -83,7 +87,7 @@ def rgb_latents(args, dataset) -> tuple[torch.Tensor, list[str]]:
 def rgba_latents(args, dataset) -> list[dict]:
     """Stage rgba: one dict a clip: z (16, t', h', w'), G (t', h', w') of its alpha, context (l, d) of its caption."""
     adapter = Path(args.vae_adapter)
-    rgba, text = load_rgba_vae(find_vae(args.base), adapter), load_text_encoder(args.base)
+    rgba, text = load_rgba_vae(find_vae(args.base), adapter, device=args.device), load_text_encoder(args.base)
     weights = [cache_key(file.read_bytes()) for file in (find_vae(args.base), adapter)]
     weights.append(cache_key(*(p.numpy().tobytes() for p in text.model.parameters())))
     items = []
@@ -91,7 +95,7 @@ def rgba_latents(args, dataset) -> list[dict]:
         def make():
             rgb, alpha = to_video(*dataset.clip(i))
             with precision(args):
-                z = rgba.encode(rgb, alpha, chunk=None).float()[0]
+                z = rgba.encode(rgb.to(args.device), alpha.to(args.device), chunk=None).float()[0].cpu()
             return {"z": z, "mask": gaussian_mask(alpha[0, 0]), "context": text([dataset.caption(i)])[0]}
         key = cache_key(dataset.paths[i].read_bytes(), dataset.caption(i), args.size, args.frames, *weights)
         items.append(cached(Path(args.cache), key, make))
@@ -104,7 +108,7 @@ def rgba_latents(args, dataset) -> list[dict]:
 def flow_step(dit, z, context, generator, mask=None, mean=0.05, shift=5.0, weighted=True) -> dict:
     """Rectified flow on latents z (b, 16, t, h, w); context: (b, l, d) or a list of (l, d); mask: G (b, t, h, w), where the noise
     keeps mean 0, outside it gets `mean`. weighted: by w(t) as the official code, else all noise levels alike."""
-    sigma, weight = sample_sigma(len(z), generator, shift)
+    sigma, weight = (x.to(z.device) for x in sample_sigma(len(z), generator, shift))
     noise = torch.randn(z.shape, generator=generator).to(z)
     if mask is not None:
         noise = shift_noise(noise, mask, mean)
@@ -119,7 +123,7 @@ def train_base(args, dataset, run: Path):
     vocab = text.tokenizer.get_vocab_size()
     text.model = UMT5(T5Config(vocab, args.text_dim, args.text_dim, 2 * args.text_dim, 4, args.text_layers, 32))
     config = DiTConfig(args.dim, 4 * args.dim, args.heads, args.layers, text_dim=args.text_dim, text_len=args.text_len)
-    both = nn.ModuleDict(dict(text=text.model, dit=WanDiT(config)))
+    both = nn.ModuleDict(dict(text=text.model, dit=WanDiT(config))).to(args.device)
     ids, mask = text.tokenize(captions + [""])
 
     def loss(step, generator):
@@ -130,14 +134,14 @@ def train_base(args, dataset, run: Path):
         with precision(args):
             context = both["text"](ids[words, :longest], mask[words, :longest])
             context = context * mask[words, :longest, None]
-            return flow_step(both["dit"], latents[pick], context, generator, shift=args.shift, weighted=False)
+            return flow_step(both["dit"], latents[pick].to(args.device), context, generator, shift=args.shift, weighted=False)
 
     @torch.no_grad()
     def sheet(path):
-        vae, names = load_vae(find_vae(args.base)), captions[:6]
-        noise = torch.randn(len(names), *latents.shape[1:], generator=step_generator(args.seed, -2))
+        vae, names = load_vae(find_vae(args.base), device=args.device), captions[:6]
+        noise = torch.randn(len(names), *latents.shape[1:], generator=step_generator(args.seed, -2)).to(args.device)
         *_, (_, z) = euler(lambda z, t: both["dit"](z, t, text(names)), noise, shifted_sigmas(8, args.shift))
-        video = rearrange((vae.decode(z) + 1) * 127.5, "b c t h w -> b t h w c").clamp(0, 255).byte().numpy()
+        video = rearrange((vae.decode(z) + 1) * 127.5, "b c t h w -> b t h w c").clamp(0, 255).byte().cpu().numpy()
         contact_sheet(path, [(clip, np.full(clip.shape[:3], 255, np.uint8)) for clip in video])
         save_text(path.with_suffix(".txt"), "\n".join(names))
 
@@ -155,22 +159,169 @@ def train_base(args, dataset, run: Path):
 
 def train_rgba(args, dataset, run: Path):
     items = rgba_latents(args, dataset)
-    dit = add_dora(load_dit(args.base), args.rank, args.rank, DORA_TARGETS)
+    dit = add_dora(load_dit(args.base, device=args.device), args.rank, args.rank, DORA_TARGETS)
     latents, masks = (torch.stack([item[name] for item in items]) for name in ("z", "mask"))
 
     def loss(step, generator):
         pick = torch.randint(len(items), (args.batch,), generator=generator)
-        context = [items[i]["context"] for i in pick]
+        context = [items[i]["context"].to(args.device) for i in pick]
+        z, mask = (x[pick].to(args.device) for x in (latents, masks))
         with precision(args):
-            return flow_step(dit, latents[pick], context, generator, masks[pick], args.mean, args.shift, not args.unweighted)
+            return flow_step(dit, z, context, generator, mask, args.mean, args.shift, not args.unweighted)
 
-    rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter)
+    rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
     sheet = lambda path: contact_sheet(path, sample(dit, rgba, [item["context"] for item in items[:6]], masks[:6], args))
     fit(args, run, dit, make_optimizers(dit, args), args.steps, loss, sheet)
     save_tensors(Path(args.out) / "t2v.safetensors", stored(adapter_state(dit), args.half))
 
 
-# ---- scores
+# ---- does a clip show what its prompt names? rgb uint8 (t, h, w, 3) straight, alpha uint8 (t, h, w); 1 px = h/64
+
+
+def grow(mask, px):
+    """Bool (t, h, w), widened by px in every frame, diagonals too."""
+    n = max(1, round(px * mask.shape[1] / 64))
+    return F.max_pool2d(torch.from_numpy(mask)[:, None].float(), 2 * n + 1, 1, n)[:, 0].bool().numpy()
+
+
+def body(alpha):
+    """Where the object surely is, bool (t, h, w): alpha > 0.1, less a margin of 3 px."""
+    return ~grow(alpha <= 25, 3)
+
+
+def body_alpha(alpha) -> float:
+    """Median alpha of the body over all frames, in [0, 1]; 0 without a body."""
+    return float(np.median(alpha[body(alpha)])) / 255 if body(alpha).any() else 0.0
+
+
+def silhouette(alpha):
+    """Where alpha is above half the body's, or above the body's less 0.35 if that is more: bool (t, h, w), no halo."""
+    level = body_alpha(alpha)
+    return alpha > 255 * max(level / 2, level - 0.35, 0.1)
+
+
+def halo_alpha(alpha) -> float:
+    """Mean alpha of the third pixel outside the silhouette, in [0, 1]."""
+    inside = silhouette(alpha)
+    return float(alpha[grow(inside, 3) & ~grow(inside, 2)].sum() / max(1, 255 * (grow(inside, 3) & ~grow(inside, 2)).sum()))
+
+
+def corner_alpha(alpha) -> float:
+    """Mean alpha of the four corners, squares of an eighth of the height, over all frames, in [0, 1]."""
+    edges = np.r_[:alpha.shape[1] // 8, -(alpha.shape[1] // 8):0]
+    return float(alpha[:, edges][:, :, edges].mean()) / 255
+
+
+def has_holes(alpha) -> bool:
+    """In some frame a place with alpha < 0.8 is enclosed: no path of such pixels leads from it to the frame's border."""
+    free = F.pad(torch.from_numpy(alpha < 204).float(), (1, 1, 1, 1), value=1)[:, None]
+    reached = F.pad(torch.zeros(free[..., 1:-1, 1:-1].shape), (1, 1, 1, 1), value=1)
+    while not reached.equal(more := F.max_pool2d(reached, 3, 1, 1) * free):
+        reached = more
+    return bool((free > reached).any())
+
+
+def named_color(rgb, alpha) -> str:
+    """The nearest of the ten colours, in RGB, to the body's median colour over all frames."""
+    if not body(alpha).any():
+        return "none"
+    away = np.array(list(COLORS.values())) - np.median(rgb[body(alpha)], 0) / 255
+    return list(COLORS)[(away ** 2).sum(1).argmin()]
+
+
+def moments(mask):
+    """Area (t,), centre and standard deviation (t, 2) as x, y of bool (t, h, w), in frame heights from the middle."""
+    h, w = mask.shape[1:]
+    axes = (torch.arange(w) + 0.5 - w / 2) / h, (torch.arange(h)[:, None] + 0.5 - h / 2) / h
+    area = mask.sum((1, 2))
+    mean, square = (torch.stack([(mask * a ** p).sum((1, 2)) / area for a in axes], 1) for p in (1, 2))
+    return area, mean, (square - mean ** 2).clamp(min=1e-8).sqrt()
+
+
+def named_motion(alpha) -> str:
+    """The first rule that holds of the silhouette's area, proportion (width / height) and centre, in frame heights."""
+    area, centre, deviation = moments(torch.from_numpy(silhouette(alpha)))
+    proportion, reach, net = deviation[:, 0] / deviation[:, 1], centre.amax(0) - centre.amin(0), centre[-1] - centre[0]
+    axis = "xy"[int(reach.argmax())]
+    returns = bool((net.abs() < 0.5 * reach)["xy".index(axis)])
+    rules = (("none", area.min() == 0),
+             ("growing", area[-1] > 1.8 * area[0]),
+             ("spinning", proportion.min() < 0.5 * proportion.max()),
+             ("none", reach.max() < 0.1),
+             ("orbiting", reach.min() > 0.5 * reach.max()),
+             ("bouncing", axis == "y" and returns),
+             ("none", returns),
+             ("moving from left to right", axis == "x" and net[0] > 0),
+             ("moving from right to left", axis == "x"),
+             ("falling", net[1] > 0),
+             ("rising", True))
+    return next(name for name, holds in rules if holds)
+
+
+def aligned(mask, n=48):
+    """Bool (t, h, w) moved and stretched to one centre and one standard deviation in x and in y: bool (t, n, n)."""
+    _, centre, deviation = moments(mask)
+    unit = 2 / torch.tensor([mask.shape[2] / mask.shape[1], 1])            # affine_grid counts from -1 to 1
+    theta = torch.cat([torch.diag_embed(2.6 * deviation * unit), (centre * unit)[..., None]], -1)
+    grid = F.affine_grid(theta, (len(mask), 1, n, n), align_corners=False)
+    return F.grid_sample(mask[:, None].float(), grid, align_corners=False)[:, 0] > 0.5
+
+
+def named_shape(alpha) -> str:
+    """The shape whose outline overlaps the silhouette best, both stretched to one centre, width and height: the largest
+    intersection over union, mean over the frames of at least median area; none if that is below 0.75."""
+    mask = torch.from_numpy(silhouette(alpha))
+    area = mask.sum((1, 2))
+    mask = aligned(mask[(area >= area.median()) & (area > 0)])[:, None]
+    outlines = aligned(torch.stack([torch.from_numpy(distance_table(shape)[..., 0] < 0) for shape in SHAPES]))
+    overlap = ((mask & outlines).sum((2, 3)) / (mask | outlines).sum((2, 3))).mean(0)
+    return SHAPES[overlap.argmax()] if overlap.max() >= 0.75 else "none"   # without a silhouette: nan, so none
+
+
+def score_clip(rgb, alpha, attributes: dict) -> dict:
+    """Name of a score -> whether the clip passes, None where it does not apply; besides "material" one per material.
+
+    corners: corner_alpha < 0.01. solid: body_alpha > 0.95. glass, smoke, bubble: 0.15 < body_alpha < 0.85.
+    glow: body_alpha > 0.7 and halo_alpha > 0.05. no_holes: of solid bodies, except the ring.
+    """
+    material, level = attributes["material"], body_alpha(alpha)
+    right = {"solid": level > 0.95, "glow": level > 0.7 and halo_alpha(alpha) > 0.05}.get(material, 0.15 < level < 0.85)
+    whole = material == "solid" and attributes["shape"] != "ring"
+    return dict(color=named_color(rgb, alpha) == attributes["color"], motion=named_motion(alpha) == attributes["motion"],
+                shape=named_shape(alpha) == attributes["shape"], corners=corner_alpha(alpha) < 0.01, material=right,
+                **{name: right if name == material else None for name in MATERIALS},
+                no_holes=not has_holes(alpha) if whole else None)
+
+
+def score_table(rows: list[dict]) -> str:
+    """A line for each score: the percentage that passes, and counts, of the clips it applies to; materials indented."""
+    lines = []
+    for name in rows[0]:
+        got = [row[name] for row in rows if row[name] is not None]
+        share = f"{100 * sum(got) / len(got):6.1f} %" if got else "     - %"
+        lines.append(f"{'  ' * (name in MATERIALS) + name:<12}{share}  {sum(got):4d} of {len(got):4d}")
+    return "\n".join(lines)
+
+
+def unseen_prompts(n=200, seed=0) -> list[tuple[str, dict]]:
+    """(prompt, attributes) of n different held-out combinations: shuffled, then always one whose values came least.
+
+    Wan-Alpha's template and the short wording take turns. ValueError for more than there are.
+    """
+    pool, count = [c for c in product(SHAPES, COLORS, MATERIALS, MOTIONS) if held_out(*c)], Counter()
+    if n > len(pool):
+        raise ValueError(f"{n} prompts were asked for, but only {len(pool)} combinations are held out; ask for fewer.")
+    pool, prompts = [pool[i] for i in np.random.default_rng(seed).permutation(len(pool))], []
+    for i in range(n):
+        values = min(pool, key=lambda c: sum(count[value] for value in c))
+        pool.remove(values)
+        count.update(values)
+        attributes = dict(zip(("shape", "color", "material", "motion"), values))
+        prompts.append((caption_of(attributes, i % 2), attributes))
+    return prompts
+
+
+# ---- sampling and scores
 
 
 @torch.no_grad()
@@ -178,11 +329,12 @@ def sample(dit, rgba, contexts, masks, args, steps: int = 4, seed: int = 0) -> l
     """Clips (rgb, alpha), uint8, one a context (l, d); masks: G (b, t', h', w')."""
     shape = (16, *masks.shape[1:])
     noise = torch.stack([torch.randn(shape, generator=step_generator(seed, i)) for i in range(len(contexts))])
-    noise = shift_noise(noise, masks, args.mean)
+    noise = shift_noise(noise, masks, args.mean).to(args.device)
+    contexts = [context.to(args.device) for context in contexts]
     *_, (_, z) = euler(lambda z, t: dit(z, t, contexts), noise, shifted_sigmas(steps, args.shift))
     rgb, alpha = rgba.decode(z, chunk=None)
-    rgb = rearrange((rgb + 1) * 127.5, "b c t h w -> b t h w c").clamp(0, 255).round().byte().numpy()
-    return list(zip(rgb, (alpha[:, 0] * 255).clamp(0, 255).round().byte().numpy()))
+    rgb = rearrange((rgb + 1) * 127.5, "b c t h w -> b t h w c").clamp(0, 255).round().byte().cpu().numpy()
+    return list(zip(rgb, (alpha[:, 0] * 255).clamp(0, 255).round().byte().cpu().numpy()))
 
 
 def evaluate(dit, rgba, text, args, prompts, steps: int = 4, mean: float | None = None, mask=None) -> tuple[list, list[dict]]:
@@ -215,9 +367,9 @@ def ellipse_control(dit, rgba, text, args, prompts) -> dict:
 def run_eval(args):
     """Tables on stdout; the clips of the first prompts as OUT/eval.png."""
     text = load_text_encoder(args.base)
-    dit = load_dit(args.base, [(args.dora or Path(args.base) / "t2v.safetensors", 1.0)])
-    rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter)
-    prompts = test_prompts(200)
+    dit = load_dit(args.base, [(args.dora or Path(args.base) / "t2v.safetensors", 1.0)], device=args.device)
+    rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
+    prompts = unseen_prompts(200)
     clips, rows = evaluate(dit, rgba, text, args, prompts)
     contact_sheet(Path(args.out) / "eval.png", clips[:24])
     print(f"{len(prompts)} unseen prompts, 4 Euler steps, shift {args.shift}, mean {args.mean}\n{score_table(rows)}")
@@ -261,9 +413,11 @@ def parse_args(argv=None):
     add("--drop-text", type=float, default=0.1, help="stage base: share of samples trained with the empty prompt")
     add("--size", type=int, default=64, help="side in pixels that clips are scaled to")
     add("--frames", type=int, default=17, help="frames of a clip, 4k+1")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
     add("--bf16", action="store_true", help="forward passes in bfloat16: faster where the processor has it")
     add("--half", action="store_true", help="store the result in float16")
     add("--seed", type=int, default=0, help="of weights, batches and noise")
+    add("--start", help="checkpoint.pt of another run whose weights this run starts from")
     add("--resume", action="store_true", help="go on from the last checkpoint of the same run")
     add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
     add("--save-every", type=int, default=500, help="steps between checkpoints and contact sheets")

@@ -73,7 +73,8 @@ def make_optimizers(module: nn.Module, args) -> list:
     """AdamW for what trains in `module`; with --muon, matrices and kernels (seen as c_out x rest) get Muon, whose step has AdamW's size.
     LoRA's B, which starts at zero behind a scale of 1/rank, takes steps --lora-plus times as large (arXiv 2402.12354)."""
     trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
-    matrices = [k for k, p in trained.items() if args.muon and p.dim() >= 2 and min(p.shape[0], p[0].numel()) >= 8]
+    matrices = [k for k, p in trained.items() if args.muon and p.dim() >= 2 and min(p.shape[0], p[0].numel()) >= 8
+                and "token_embedding" not in k]
     views = {k: nn.Parameter(trained[k].detach().flatten(1)) for k in matrices}       # the same memory, two axes
 
     def groups(parameters):
@@ -101,16 +102,19 @@ def learning_rate(step: int, steps: int, lr: float, warmup: int = 100) -> float:
 def fit(args, run: Path, model: nn.Module, optimizers, steps: int, loss_fn, sheet_fn):
     """Train `model` for `steps` steps: loss_fn(step, generator) -> dict of scalars with "loss"; sheet_fn(path) draws what is learnt.
 
-    Writes run/log.jsonl, run/sheet-STEP.png, run/checkpoint.pt (trained tensors, optimisers, step); --resume goes on from there."""
+    Writes run/log.jsonl, run/sheet-STEP.png, run/checkpoint.pt (trained tensors, optimisers, step). --resume goes on from there; --start takes
+    another run's weights only."""
     run.mkdir(parents=True, exist_ok=True)
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     checkpoint, start = run / "checkpoint.pt", 0
-    if args.resume and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        start = saved["step"]
+    resume = args.resume and checkpoint.exists()
+    if resume or args.start:
+        saved = torch.load(checkpoint if resume else args.start, map_location="cpu", weights_only=True)
         with torch.no_grad():
             for name, value in saved["model"].items():
                 trained[name].copy_(value)
+    if resume:
+        start = saved["step"]
         for optimizer, value in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(value)
 
@@ -215,7 +219,8 @@ def measure_statistics(vae: WanVAE, dataset, frames: int, side: int, seed: int) 
     """Mean and deviation of the raw latent over the data, per channel: MEAN and STD of a VAE trained here."""
     generator, total, square, count = step_generator(seed, -1), 0, 0, 0
     for _ in tqdm(range(min(32, 1 + len(dataset) // 8)), desc="latent statistics"):
-        raw = vae.moments(vae.features(rgb_views(*draw_clips(dataset, 8, frames, side, generator), generator)))[0].double()
+        video = rgb_views(*draw_clips(dataset, 8, frames, side, generator), generator)
+        raw = vae.moments(vae.features(video.to(vae.conv1.weight.device)))[0].double()
         total, square = total + raw.sum((0, 2, 3, 4)), square + raw.square().sum((0, 2, 3, 4))
         count += raw[:, 0].numel()
     mean, std = total / count, (square / count - (total / count) ** 2).sqrt()
@@ -235,7 +240,7 @@ def rgba_step(rgba: RGBAVAE, rgb, alpha, generator, vgg=None, perceptual=0.0, ta
     parts = rgba_loss(rgb_hat, alpha_hat, rgb, alpha, generator, vgg=vgg, perceptual=perceptual)
     loss = sum(parts.values())
     if tabd:
-        sigma, weight = sample_sigma(len(z), generator)
+        sigma, weight = (x.to(z.device) for x in sample_sigma(len(z), generator))
         noise = torch.randn(z.shape, generator=generator).to(z)
         v_hat = dit(interpolate(z.float(), noise, sigma), 1000 * sigma, [empty] * len(z))
         parts["tabd"] = tabd_loss(v_hat, flow_target(z.float(), noise), tabd_mask(alpha), weight, tabd_clamp)
@@ -263,10 +268,11 @@ def object_region(alpha):
 def reconstruct(rgba: RGBAVAE, rgb, alpha):
     """uint8 clip (t, h, w, 3), (t, h, w) -> the same through the autoencoder, rounded."""
     video = rearrange(torch.as_tensor(rgb), "t h w c -> 1 c t h w") / 127.5 - 1
-    z = rgba.encode(video, torch.as_tensor(alpha)[None, None] / 255)
+    device = rgba.vae.conv2.weight.device
+    z = rgba.encode(video.to(device), torch.as_tensor(alpha, device=device)[None, None] / 255)
     rgb_hat, alpha_hat = rgba.decode(z)
     rgb_hat = rearrange((rgb_hat + 1) * 127.5, "1 c t h w -> t h w c")
-    return tuple(x.clamp(0, 255).round().byte().numpy() for x in (rgb_hat, alpha_hat[0, 0] * 255))
+    return tuple(x.clamp(0, 255).round().byte().cpu().numpy() for x in (rgb_hat, alpha_hat[0, 0] * 255))
 
 
 def evaluate(rgba: RGBAVAE, clips) -> list[dict]:
@@ -319,10 +325,12 @@ def parse_args(argv=None):
     add("--res-blocks", type=int, default=1, help="stage base: residual blocks a level (Wan: 2)")
     add("--kl", type=float, default=3e-5, help="stage base: weight of the KL term")
     add("--size", type=int, default=64, help="side in pixels that clips are scaled to")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
     add("--bf16", action="store_true", help="forward passes in bfloat16: faster where the processor has it")
     add("--compile", action="store_true", help="torch.compile the residual blocks: faster after a minute or so, needs a C++ compiler")
     add("--half", action="store_true", help="store the result in float16")
     add("--seed", type=int, default=0, help="of weights, batches and noise")
+    add("--start", help="checkpoint.pt of another run whose weights this run starts from")
     add("--resume", action="store_true", help="go on from the last checkpoint of the same run")
     add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
     add("--save-every", type=int, default=500, help="steps between checkpoints and contact sheets")
@@ -334,7 +342,7 @@ def parse_args(argv=None):
 
 
 def precision(args):
-    return torch.autocast("cpu" if not torch.cuda.is_available() else "cuda", torch.bfloat16, enabled=args.bf16)
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
 
 
 def stored(state: dict, half: bool) -> dict:
@@ -352,6 +360,7 @@ def compile_blocks(module: nn.Module):
 def train_base(args, dataset, run: Path):
     vae = WanVAE(VAEConfig(args.dim, num_res_blocks=args.res_blocks, mean=(0.0,) * 16, std=(1.0,) * 16))
     vae.init_weights()
+    vae.to(args.device)
     if args.compile:
         compile_blocks(vae)
     phases = parse_schedule(args.schedule)
@@ -360,15 +369,15 @@ def train_base(args, dataset, run: Path):
         frames, side, batch = phase_at(phases, step)
         video = rgb_views(*draw_clips(dataset, batch, frames, side, generator), generator)
         with precision(args):
-            return base_step(vae, video.to(memory_format=torch.channels_last_3d), generator, args.kl)
+            return base_step(vae, video.to(args.device, memory_format=torch.channels_last_3d), generator, args.kl)
 
     @torch.no_grad()
     def sheet(path):
         generator = step_generator(args.seed, -2)
-        video = rgb_views(*draw_clips(dataset, 4, phases[-1][1], args.size, generator), generator)
+        video = rgb_views(*draw_clips(dataset, 4, phases[-1][1], args.size, generator), generator).to(args.device)
         result = vae.decode(vae.encode(video, chunk=None), chunk=None)
         opaque = np.full((phases[-1][1], args.size, args.size), 255, np.uint8)
-        to_clip = lambda x: (rearrange((x + 1) * 127.5, "c t h w -> t h w c").clamp(0, 255).byte().numpy(), opaque)
+        to_clip = lambda x: (rearrange((x + 1) * 127.5, "c t h w -> t h w c").clamp(0, 255).byte().cpu().numpy(), opaque)
         contact_sheet(path, [to_clip(x) for pair in zip(video, result) for x in pair])
 
     fit(args, run, vae, make_optimizers(vae, args), sum(p[0] for p in phases), loss, sheet)
@@ -379,23 +388,25 @@ def train_base(args, dataset, run: Path):
 
 
 def train_rgba(args, dataset, run: Path):
-    vgg = VGG(args.vgg) if args.perceptual else None
+    vgg = VGG(args.vgg).to(args.device) if args.perceptual else None
     vae = load_vae(find_vae(args.base))
     dim = vae.encoder.head[2].weight.shape[1]
     middle = FeatureMerge(2 * dim, vae.config.z_dim, dim)
     middle.start_as_rgb(vae)
-    rgba = RGBAVAE(vae, middle).add_adapters(args.rank)
+    rgba = RGBAVAE(vae, middle).add_adapters(args.rank).to(args.device)
     options = dict(vgg=vgg, perceptual=args.perceptual, tabd=args.tabd, tabd_clamp=args.tabd_clamp)
     if args.tabd:
         with torch.no_grad():
-            options |= dict(dit=load_dit(args.base).requires_grad_(False), empty=load_text_encoder(args.base)([""])[0])
+            options |= dict(dit=load_dit(args.base, device=args.device).requires_grad_(False),
+                            empty=load_text_encoder(args.base)([""])[0].to(args.device))
     if args.compile:
         compile_blocks(rgba)
     phases = parse_schedule(args.schedule)
 
     def loss(step, generator):
         frames, side, batch = phase_at(phases, step)
-        rgb, alpha = (x.to(memory_format=torch.channels_last_3d) for x in draw_clips(dataset, batch, frames, side, generator))
+        clips = draw_clips(dataset, batch, frames, side, generator)
+        rgb, alpha = (x.to(args.device, memory_format=torch.channels_last_3d) for x in clips)
         with precision(args):
             return rgba_step(rgba, rgb, alpha, generator, **options)
 
@@ -408,7 +419,8 @@ def train_rgba(args, dataset, run: Path):
 
 
 def run_eval(args):
-    rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter or Path(args.base) / "Wan-Alpha-v2-VAE.safetensors")
+    adapter = args.vae_adapter or Path(args.base) / "Wan-Alpha-v2-VAE.safetensors"
+    rgba = load_rgba_vae(find_vae(args.base), adapter, device=args.device)
     clips = [procedural_clip(10 ** 9 + i, args.size, 17, split="test") for i in range(64)]
     scores = {"unseen clips": evaluate(rgba, [(clip.rgb, clip.alpha) for clip in clips])}
     if args.stills:
