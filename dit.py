@@ -161,7 +161,8 @@ class WanDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
-        self.init_weights()
+        if not self.patch_embedding.weight.is_meta:     # there, normal_ would import torch's compiler, a second of work
+            self.init_weights()
 
     def init_weights(self) -> None:
         """The start of training from scratch; v is zero until the head has learned. Source: WanModel.init_weights."""

@@ -1,14 +1,15 @@
-"""The RGBA autoencoder of Wan-Alpha: one frozen encoder twice, the feature merge block, two LoRA decoders (paper, section 3.2).
+"""The RGBA autoencoder of Wan-Alpha: one frozen encoder twice, a merge block, two LoRA decoders (paper, section 3.2).
 
     rgb (b, 3, t, h, w) in [-1, 1], alpha (b, 1, t, h, w) in [0, 1]
       -> features of the hard render and of alpha as grey, (b, 384, t', h/8, w/8) each, concatenated: rgb first
       -> merge block -> raw latent (b, 16, t', h/8, w/8), normalised with the base VAE's MEAN and STD like any other
       -> the RGB decoder's three channels; the alpha decoder's mean of three channels, (x + 1) / 2
 
-The latent has the shape and statistics of an RGB latent, so the diffusion transformer needs no new layer. There is no KL term.
-Letters: b batch, c channels, t frames, h w height and width. Parameter names are official (middle.block.*, vae_fgr.*, vae_pha.*).
-Differs from the official code: the encoder is held once, not in both VAEs; chunks of any length stream through encoder and merge
-block alike (test_rgba_streaming_is_exact); starting the merge block as the base encoder's own head (`start_as_rgb`) is ours.
+The latent has the shape and statistics of an RGB latent, so the transformer needs no new layer. There is no KL term.
+Letters: b batch, c channels, t frames, h w height and width.
+Differs from the official code: the encoder is held once, not in both VAEs; chunks of any length stream through encoder
+and merge block alike (test_rgba_streaming_is_exact); starting the merge block as the base encoder's own head
+(`start_as_rgb`) is ours. Parameter names are official (middle.block.*, vae_fgr.*, vae_pha.*).
 dtype rule: as in vae.py; everything keeps the input's dtype.
 """
 
@@ -19,7 +20,8 @@ from torch import nn
 
 from dora import adapter_state, add_lora, merge_adapter
 from losses import hard_render
-from vae import AttentionBlock, CausalConv3d, RMSNorm, ResidualBlock, Sequential, WanVAE, chunks, load_vae, read_checkpoint
+from vae import (AttentionBlock, CausalConv3d, RMSNorm, ResidualBlock, Sequential, WanVAE, chunks, load_vae,
+                 read_checkpoint)
 
 WHITE = torch.ones(3)
 
@@ -40,7 +42,7 @@ class FeatureMerge(nn.Module):
 
     @torch.no_grad()
     def start_as_rgb(self, vae: WanVAE):
-        """Before training: pass the RGB features on to a copy of the base encoder's head, so that the first latents are RGB latents."""
+        """Before training: pass the RGB features to a copy of the base encoder's head, so the first latents are RGB."""
         conv1, middle, head = self.block["conv1"], self.block["middle"], self.block["head"]
         conv1.weight.zero_()
         conv1.weight[:, :conv1.weight.shape[0], 0, 0, 0] = torch.eye(conv1.weight.shape[0])
@@ -49,14 +51,15 @@ class FeatureMerge(nn.Module):
             last = block.residual[6] if isinstance(block, ResidualBlock) else block.proj
             last.weight.zero_()
             last.bias.zero_()
-        mix, offset = (p[:vae.config.z_dim] for p in (vae.conv1.weight.flatten(1), vae.conv1.bias))    # to the mean alone
+        mix, offset = (p[:vae.config.z_dim] for p in (vae.conv1.weight.flatten(1), vae.conv1.bias))  # to the mean alone
         head[0].gamma.copy_(vae.encoder.head[0].gamma)
         head[2].weight.copy_(torch.einsum("z y, y ... -> z ...", mix, vae.encoder.head[2].weight))
         head[2].bias.copy_(mix @ vae.encoder.head[2].bias + offset)
 
 
 class RGBAVAE(nn.Module):
-    """vae: the base, whose encoder is used; middle: the merge block or None (decode only); vae_fgr, vae_pha: decoders of RGB, alpha."""
+    """vae: the base, whose encoder is used; middle: the merge block or None (decode only);
+    vae_fgr, vae_pha: decoders of RGB, alpha."""
 
     def __init__(self, vae: WanVAE, middle: FeatureMerge | None = None):
         super().__init__()
@@ -71,8 +74,9 @@ class RGBAVAE(nn.Module):
         return self.middle(torch.cat(features, dim=1), caches[2])
 
     def encode(self, rgb, alpha, color=WHITE, chunk: int | None = 4):
-        """rgb (b, 3, t, h, w) in [-1, 1], alpha (b, 1, t, h, w) in [0, 1], straight -> normalised latent (b, 16, t', h/8, w/8).
-        color (3,) or (b, 3): where alpha is 0; random in training, white where nothing is random. chunk as in WanVAE.encode."""
+        """rgb (b, 3, t, h, w) in [-1, 1], alpha (b, 1, t, h, w) in [0, 1], straight
+        -> normalised latent (b, 16, t', h/8, w/8); chunk as in WanVAE.encode.
+        color (3,) or (b, 3): where alpha is 0; random in training, white where nothing is random."""
         if self.middle is None:
             raise ValueError("this adapter holds decoders only; to encode give one with the merge block (*-VAE.bin)")
         if alpha.shape != rgb[:, :1].shape or rgb.shape[2] % 4 != 1 or (chunk and chunk % 4):
@@ -84,7 +88,7 @@ class RGBAVAE(nn.Module):
         return self.vae.normalize(torch.cat([self.merged(*part, caches) for part in parts], dim=2))
 
     def decode(self, z, chunk: int | None = 1):
-        """Normalised latent -> rgb (b, 3, t, h, w), about [-1, 1], and alpha (b, 1, t, h, w), about [0, 1]; neither is clamped."""
+        """Normalised latent -> rgb (b, 3, t, h, w), about [-1, 1], alpha (b, 1, t, h, w), about [0, 1]; not clamped."""
         return self.vae_fgr.decode(z, chunk), self.to_alpha(self.vae_pha.decode(z, chunk))
 
     @staticmethod
@@ -92,7 +96,7 @@ class RGBAVAE(nn.Module):
         return (video.mean(dim=1, keepdim=True) + 1) / 2
 
     def add_adapters(self, rank: int = 128):
-        """For training: LoRA (scale 1/rank) on every convolution of both decoders; those and the merge block are left to train."""
+        """LoRA (scale 1/rank) on every convolution of both decoders; those and the merge block are left to train."""
         for branch in (self.vae_fgr, self.vae_pha):
             add_lora(branch, rank, alpha=1.0, targets=r"decoder\..*")
         self.middle.requires_grad_(True)
@@ -107,8 +111,8 @@ class RGBAVAE(nn.Module):
 
 
 def split_adapter(state: dict, path) -> tuple[dict, dict, dict]:
-    """Merge block, RGB and alpha decoder's LoRA of a decoder.bin or *-VAE.bin. The frozen base weights that the latter repeats (peft's
-    `.base_layer.`, encoders, conv1, conv2) are skipped by name; any other key is an error."""
+    """Merge block, RGB and alpha decoder's LoRA of a decoder.bin or *-VAE.bin. The frozen base weights that the latter
+    repeats (peft's `.base_layer.`, encoders, conv1, conv2) are skipped by name; any other key is an error."""
     parts, unknown = dict(middle={}, vae_fgr={}, vae_pha={}), []
     for key, value in state.items():
         branch, _, name = key.partition(".")
@@ -123,19 +127,26 @@ def split_adapter(state: dict, path) -> tuple[dict, dict, dict]:
 
 
 def load_rgba_vae(vae_path, adapter_path, dtype=torch.float32, device="cpu") -> RGBAVAE:
-    """Base VAE file plus adapter: decoder.bin (decode only), *-VAE.bin, or what train_vae.py wrote. LoRA is merged in float32."""
+    """Base VAE file plus adapter: decoder.bin (decode only), *-VAE.bin, or what train_vae.py wrote.
+    LoRA is merged in float32."""
     vae = load_vae(vae_path, dtype=torch.float32)
     middle_state, *loras = split_adapter(read_checkpoint(adapter_path)[0], adapter_path)
-    middle = None
-    if middle_state:
-        out_dim, mid_dim = middle_state["block.head.2.weight"].shape[:2]
-        middle = FeatureMerge(middle_state["block.conv1.weight"].shape[1], out_dim, mid_dim)
-        middle.load_state_dict({k: v.float() for k, v in middle_state.items()})
-    rgba = RGBAVAE(vae, middle)
+    rgba = RGBAVAE(vae, load_middle(middle_state, adapter_path) if middle_state else None)
     for branch, lora in zip((rgba.vae_fgr, rgba.vae_pha), loras):
-        rank = next(v.shape[0] for k, v in lora.items() if ".lora_A." in k)
-        branch.load_state_dict(merge_adapter(branch.state_dict(), lora, scale=1 / rank))
+        rank = next((v.shape[0] for k, v in lora.items() if ".lora_A." in k), 1)
+        try:
+            branch.load_state_dict(merge_adapter(branch.state_dict(), lora, scale=1 / rank))
+        except ValueError as error:
+            raise ValueError(f"{adapter_path}: {error}") from None
     return rgba.to(device, dtype).requires_grad_(False).eval()
+
+
+def load_middle(state: dict, path) -> FeatureMerge:
+    """The merge block from its tensors, whose shapes say its sizes."""
+    sizes = [state.get(f"block.{name}.weight", torch.empty(0, 0)).shape for name in ("conv1", "head.2")]
+    with torch.device("meta"):
+        middle = FeatureMerge(sizes[0][1], *sizes[1][:2])
+    return load_strict(middle, state, path, torch.float32, "cpu")
 
 
 if __name__ == "__main__":

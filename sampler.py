@@ -21,6 +21,7 @@ The paper writes N(G mu, I) with G the transparent part; the code, as here, mu (
 (test_mean_shift_is_outside).
 """
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -284,7 +285,7 @@ def load_mask(spec: str | None, frames: int, height: int, width: int) -> Tensor:
     """
     if spec is None:
         return ellipse_mask(frames, height, width)
-    if not Path(spec).is_file():
+    if not os.path.isfile(spec):     # Path would raise on a long text
         return ellipse_mask(frames, height, width, parse_ellipse(spec))
     try:
         mask = torch.load(spec, map_location="cpu", weights_only=True, mmap=True)

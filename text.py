@@ -63,10 +63,15 @@ def distance_buckets(length: int, num_buckets: int, max_distance: int = 128, dev
     return bucket + half * (distance > 0)
 
 
+def empty_embedding(rows: int, dim: int) -> nn.Embedding:
+    """nn.Embedding without a random start of its own: on the meta device that imports torch's compiler, a second of work."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
+
+
 class RelativePosition(nn.Module):
     def __init__(self, num_buckets: int, num_heads: int):
         super().__init__()
-        self.embedding = nn.Embedding(num_buckets, num_heads)
+        self.embedding = empty_embedding(num_buckets, num_heads)
 
     def forward(self, length: int) -> Tensor:
         """The bias (a, l, l) that each head adds to its attention logits."""
@@ -117,10 +122,11 @@ class UMT5(nn.Module):
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab, config.dim)
+        self.token_embedding = empty_embedding(config.vocab, config.dim)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim)
-        self.init_weights()
+        if not self.norm.weight.is_meta:
+            self.init_weights()
 
     def init_weights(self, position_std: float = 2.0) -> None:
         """The start of training from scratch: T5's, but for the position bias. Where that starts near zero, a small

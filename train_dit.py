@@ -1,12 +1,13 @@
-"""Train the diffusion transformer: a base on RGB latents from scratch (--stage base), or Wan-Alpha's DoRA on a frozen base.
+"""Train the diffusion transformer: from scratch on RGB latents (--stage base), or Wan-Alpha's DoRA on a frozen base.
 
-    python train_dit.py data/ --stage base --base base --out base     # text encoder and transformer: what Wan2.1 is to Wan-Alpha
-    python train_dit.py data/ --base base --out base                  # DoRA on RGBA latents with the mean shift (paper, section 3.3)
-    python train_dit.py --eval --base base                            # scores of 200 unseen prompts
+    python train_dit.py data/ --stage base --base base --out base   # text encoder and DiT: what Wan2.1 is to Wan-Alpha
+    python train_dit.py data/ --base base --out base                # DoRA with the mean shift (paper, section 3.3)
+    python train_dit.py --eval --base base                          # scores of 200 unseen prompts
 
-Both stages learn rectified flow: z_t = sigma noise + (1 - sigma) z, loss = w(t) |v_hat - (noise - z)|^2. Latents are encoded once and
-kept in a cache, one file a clip; so is the text's context where the encoder is frozen. Stage rgba draws its noise with a mean of mu
-outside the Gaussian ellipse of the clip's alpha. The loop, with its logs, checkpoints and exact resume, is `fit` in train_vae.py.
+Both stages learn rectified flow: z_t = sigma noise + (1 - sigma) z, loss = w(t) |v_hat - (noise - z)|^2. Latents are
+encoded once and kept in a cache, one file a clip; so is the text's context where the encoder is frozen. Stage rgba
+trains on RGBA latents and draws its noise with a mean of mu outside the Gaussian ellipse of the clip's alpha. The loop,
+with its logs, checkpoints and exact resume, is `fit` in train_vae.py.
 dtype rule: parameters, times and losses in float32; with --bf16 the forward passes run under autocast.
 """
 
@@ -26,15 +27,17 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from data import (COLORS, MATERIALS, MOTIONS, SHAPES, RGBADataset, cache_key, caption_of, contact_sheet, distance_table, held_out,
-                  save_tensors, save_text)
+from data import (COLORS, MATERIALS, MOTIONS, SHAPES, RGBADataset, cache_key, caption_of, contact_sheet,
+                  distance_table, held_out, save_tensors, save_text)
 from dit import DiTConfig, WanDiT, load_dit
 from dora import adapter_state, add_dora
 from losses import PALETTE, soft_render
 from merge import load_rgba_vae
-from sampler import ellipse_mask, euler, flow_target, gaussian_mask, interpolate, sample_sigma, shift_noise, shifted_sigmas
+from sampler import (ellipse_mask, euler, flow_target, gaussian_mask, interpolate, sample_sigma, shift_noise,
+                     shifted_sigmas)
 from text import T5Config, TextEncoder, UMT5, load_text_encoder, make_tokenizer
-from train_vae import TINY, find_vae, fit, make_optimizers, one_sentence, precision, record_run, step_generator, stored
+from train_vae import (TINY, add_loop_flags, find_vae, fit, make_optimizers, one_sentence, precision, record_run,
+                       step_generator, stored)
 from vae import load_vae
 
 DORA_TARGETS = ["q", "k", "v", "o", "ffn.0", "ffn.2"]      # of every block, both attentions
@@ -106,8 +109,8 @@ def rgba_latents(args, dataset) -> list[dict]:
 
 
 def flow_step(dit, z, context, generator, mask=None, mean=0.05, shift=5.0, weighted=True) -> dict:
-    """Rectified flow on latents z (b, 16, t, h, w); context: (b, l, d) or a list of (l, d); mask: G (b, t, h, w), where the noise
-    keeps mean 0, outside it gets `mean`. weighted: by w(t) as the official code, else all noise levels alike."""
+    """Rectified flow on latents z (b, 16, t, h, w); context: (b, l, d) or a list of (l, d); mask: G (b, t, h, w), where
+    the noise keeps mean 0, outside it gets `mean`. weighted: by w(t) as the official code, else all levels alike."""
     sigma, weight = (x.to(z.device) for x in sample_sigma(len(z), generator, shift))
     noise = torch.randn(z.shape, generator=generator).to(z)
     if mask is not None:
@@ -134,7 +137,8 @@ def train_base(args, dataset, run: Path):
         with precision(args):
             context = both["text"](ids[words, :longest], mask[words, :longest])
             context = context * mask[words, :longest, None]
-            return flow_step(both["dit"], latents[pick].to(args.device), context, generator, shift=args.shift, weighted=False)
+            return flow_step(both["dit"], latents[pick].to(args.device), context, generator,
+                             shift=args.shift, weighted=False)
 
     @torch.no_grad()
     def sheet(path):
@@ -151,8 +155,9 @@ def train_base(args, dataset, run: Path):
     save_tensors(out / "models_t5_umt5-xxl-enc-bf16.safetensors", stored(both["text"].state_dict(), args.half))
     (out / "google/umt5-xxl").mkdir(parents=True, exist_ok=True)
     text.tokenizer.save(str(out / "google/umt5-xxl/tokenizer.json"))
-    generate = dict(size=[args.size] * 2, frames=args.frames, fps=16, steps=4, shift=args.shift, guidance=1.0, mean=args.mean,
-                    vae_adapter="Wan-Alpha-v2-VAE.safetensors", dora="t2v.safetensors")       # what the rgba stages will add
+    generate = dict(size=[args.size] * 2, frames=args.frames, fps=16,
+                    steps=4, shift=args.shift, guidance=1.0, mean=args.mean,
+                    vae_adapter="Wan-Alpha-v2-VAE.safetensors", dora="t2v.safetensors")  # what the rgba stages will add
     described = {"_class_name": "WanModel", "model_type": "t2v"} | asdict(config) | {"generate": generate}
     save_text(out / "config.json", json.dumps(described, indent=2) + "\n")
 
@@ -170,7 +175,8 @@ def train_rgba(args, dataset, run: Path):
             return flow_step(dit, z, context, generator, mask, args.mean, args.shift, not args.unweighted)
 
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
-    sheet = lambda path: contact_sheet(path, sample(dit, rgba, [item["context"] for item in items[:6]], masks[:6], args))
+    sheet = lambda path: contact_sheet(
+        path, sample(dit, rgba, [item["context"] for item in items[:6]], masks[:6], args))
     fit(args, run, dit, make_optimizers(dit, args), args.steps, loss, sheet)
     save_tensors(Path(args.out) / "t2v.safetensors", stored(adapter_state(dit), args.half))
 
@@ -203,7 +209,8 @@ def silhouette(alpha):
 def halo_alpha(alpha) -> float:
     """Mean alpha of the third pixel outside the silhouette, in [0, 1]."""
     inside = silhouette(alpha)
-    return float(alpha[grow(inside, 3) & ~grow(inside, 2)].sum() / max(1, 255 * (grow(inside, 3) & ~grow(inside, 2)).sum()))
+    return float(alpha[grow(inside, 3) & ~grow(inside, 2)].sum()
+                 / max(1, 255 * (grow(inside, 3) & ~grow(inside, 2)).sum()))
 
 
 def corner_alpha(alpha) -> float:
@@ -213,7 +220,7 @@ def corner_alpha(alpha) -> float:
 
 
 def has_holes(alpha) -> bool:
-    """In some frame a place with alpha < 0.8 is enclosed: no path of such pixels leads from it to the frame's border."""
+    """In some frame a place with alpha < 0.8 is enclosed: no path of such pixels leads from it to the border."""
     free = F.pad(torch.from_numpy(alpha < 204).float(), (1, 1, 1, 1), value=1)[:, None]
     reached = F.pad(torch.zeros(free[..., 1:-1, 1:-1].shape), (1, 1, 1, 1), value=1)
     while not reached.equal(more := F.max_pool2d(reached, 3, 1, 1) * free):
@@ -287,7 +294,8 @@ def score_clip(rgb, alpha, attributes: dict) -> dict:
     material, level = attributes["material"], body_alpha(alpha)
     right = {"solid": level > 0.95, "glow": level > 0.7 and halo_alpha(alpha) > 0.05}.get(material, 0.15 < level < 0.85)
     whole = material == "solid" and attributes["shape"] != "ring"
-    return dict(color=named_color(rgb, alpha) == attributes["color"], motion=named_motion(alpha) == attributes["motion"],
+    return dict(color=named_color(rgb, alpha) == attributes["color"],
+                motion=named_motion(alpha) == attributes["motion"],
                 shape=named_shape(alpha) == attributes["shape"], corners=corner_alpha(alpha) < 0.01, material=right,
                 **{name: right if name == material else None for name in MATERIALS},
                 no_holes=not has_holes(alpha) if whole else None)
@@ -337,7 +345,8 @@ def sample(dit, rgba, contexts, masks, args, steps: int = 4, seed: int = 0) -> l
     return list(zip(rgb, (alpha[:, 0] * 255).clamp(0, 255).round().byte().cpu().numpy()))
 
 
-def evaluate(dit, rgba, text, args, prompts, steps: int = 4, mean: float | None = None, mask=None) -> tuple[list, list[dict]]:
+def evaluate(dit, rgba, text, args, prompts, steps: int = 4, mean: float | None = None,
+             mask=None) -> tuple[list, list[dict]]:
     """Clips of (prompt, attributes) pairs and the scores of each. mask: G (t', h', w'), default the centred ellipse."""
     mask = ellipse_mask(args.frames, args.size, args.size) if mask is None else mask
     args = argparse.Namespace(**vars(args) | dict(mean=args.mean if mean is None else mean))
@@ -350,8 +359,9 @@ def evaluate(dit, rgba, text, args, prompts, steps: int = 4, mean: float | None 
 
 
 def ellipse_control(dit, rgba, text, args, prompts) -> dict:
-    """Does the object follow the ellipse? Correlation of the ellipse's x (0.3, 0.5, 0.7) with the mean x of the clip's alpha, and of the
-    ellipse's half axis (0.25, 0.45) with the root of its mean area, over the same prompts and noise."""
+    """Does the object follow the ellipse? Correlation of the ellipse's x (0.3, 0.5, 0.7) with the
+    mean x of the clip's alpha, and of the ellipse's half axis (0.25, 0.45) with the root of its
+    mean area, over the same prompts and noise."""
     found = {"position": ([], []), "size": ([], [])}
     for x, half in ((0.3, 0.35), (0.5, 0.35), (0.7, 0.35), (0.5, 0.25), (0.5, 0.45)):
         mask = ellipse_mask(args.frames, args.size, args.size, [(0, x, 0.5, half, half, 0)])
@@ -384,22 +394,21 @@ def run_eval(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("data", nargs="?", help="folder of captioned RGBA clips (python data.py makes one)")
-    add("--stage", choices=("rgba", "base"), default="rgba", help="DoRA on RGBA latents, or transformer and text encoder from scratch")
+    add("--stage", choices=("rgba", "base"), default="rgba",
+        help="DoRA on RGBA latents, or transformer and text encoder from scratch")
     add("--base", default=str(TINY), help="checkpoint folder with the frozen base; stage base: with the VAE")
     add("--vae-adapter", help="RGBA adapter of the VAE; default: Wan-Alpha-v2-VAE.safetensors in --base")
     add("--dora", help="the DoRA that --eval scores; default: t2v.safetensors in --base")
     add("--out", default="runs/dit", help="folder that the result and the run's records go to")
-    add("--cache", default="runs/cache", help="folder of encoded latents, reused where nothing they depend on has changed")
+    add("--cache", default="runs/cache",
+        help="folder of encoded latents, reused where nothing they depend on has changed")
     add("--eval", action="store_true", help="score 200 unseen prompts instead of training")
     add("--steps", type=int, default=1750, help="training steps")
     add("--batch", type=int, default=8, help="clips a step")
-    add("--lr", type=float, default=1e-4, help="peak learning rate")
-    add("--muon", action="store_true", help="Muon for matrices, AdamW for the rest; without: AdamW for all")
-    add("--lora-plus", type=float, default=1.0, help="how many times larger the steps of LoRA's B are")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--rank", type=int, default=32, help="rank of the DoRA; its scale is 1")
     add("--mean", type=float, default=0.05, help="mu: mean of the noise outside the ellipse")
     add("--shift", type=float, default=5.0, help="shift of the noise levels")
@@ -413,14 +422,7 @@ def parse_args(argv=None):
     add("--drop-text", type=float, default=0.1, help="stage base: share of samples trained with the empty prompt")
     add("--size", type=int, default=64, help="side in pixels that clips are scaled to")
     add("--frames", type=int, default=17, help="frames of a clip, 4k+1")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
-    add("--bf16", action="store_true", help="forward passes in bfloat16: faster where the processor has it")
-    add("--half", action="store_true", help="store the result in float16")
-    add("--seed", type=int, default=0, help="of weights, batches and noise")
-    add("--start", help="checkpoint.pt of another run whose weights this run starts from")
-    add("--resume", action="store_true", help="go on from the last checkpoint of the same run")
-    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
-    add("--save-every", type=int, default=500, help="steps between checkpoints and contact sheets")
+    add_loop_flags(add)
     args = parser.parse_args(argv)
     args.vae_adapter = args.vae_adapter or str(Path(args.base) / "Wan-Alpha-v2-VAE.safetensors")
     if not args.eval and not args.data:

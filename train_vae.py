@@ -7,8 +7,8 @@
 
 RGBA stage:  z = merge(features(hard render), features(alpha));  rgb, alpha = the two decoders of z;
              L_vae = L_alpha + L_soft + L_hard + 0.1 L_TABD.
-The loop at the top (`fit`) serves train_dit.py too. Step k draws all its random numbers from one generator seeded with (seed, k), so a
-run that was stopped and resumed makes the same steps: test_resume_is_bit_equal.
+The loop at the top (`fit`) serves train_dit.py too. Step k draws all its random numbers from one generator seeded with
+(seed, k), so a run that was stopped and resumed makes the same steps: test_resume_is_bit_equal.
 dtype rule: parameters, losses and optimiser in float32; with --bf16 the forward passes run under autocast.
 """
 
@@ -43,7 +43,7 @@ TINY = Path(__file__).parent / "tiny"
 
 
 def one_sentence(main) -> int:
-    """Run a command; a ValueError or OSError (wrong input from outside) becomes one sentence on stderr and exit code 2."""
+    """Run main; a ValueError or OSError (wrong input from outside) becomes one sentence on stderr and exit code 2."""
     try:
         main()
         return 0
@@ -58,6 +58,23 @@ def record_run(run: Path, args):
     save_text(run / "run.json", json.dumps(dict(arguments=vars(args), versions=versions), indent=1) + "\n")
 
 
+def add_loop_flags(add):
+    """The flags that `fit` and `make_optimizers` read, for both training commands; defaults are the paper's."""
+    add("--lr", type=float, default=1e-4,
+        help="learning rate, after a warm-up of 100 steps falling to zero at the last")
+    add("--muon", action="store_true", help="Muon for matrices and kernels, AdamW for the rest; without: AdamW for all")
+    add("--lora-plus", type=float, default=1.0, help="how many times larger the steps of LoRA's B are")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
+    add("--bf16", action="store_true", help="forward passes in bfloat16: faster where the processor has it")
+    add("--half", action="store_true", help="store the result in float16")
+    add("--seed", type=int, default=0, help="of weights, batches and noise")
+    add("--start", help="checkpoint.pt of another run whose weights this run starts from")
+    add("--resume", action="store_true", help="go on from the last checkpoint of the same run")
+    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    add("--save-every", type=int, default=500, help="steps between checkpoints and contact sheets")
+
+
 def find_vae(base) -> Path:
     """The VAE of a checkpoint folder, .safetensors or Wan's .pth."""
     file = Path(base) / "Wan2.1_VAE.safetensors"
@@ -70,8 +87,9 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def make_optimizers(module: nn.Module, args) -> list:
-    """AdamW for what trains in `module`; with --muon, matrices and kernels (seen as c_out x rest) get Muon, whose step has AdamW's size.
-    LoRA's B, which starts at zero behind a scale of 1/rank, takes steps --lora-plus times as large (arXiv 2402.12354)."""
+    """AdamW for what trains in `module`; with --muon, matrices and kernels (seen as c_out x rest) get
+    Muon, whose step has AdamW's size. LoRA's B, which starts at zero behind a scale of 1/rank, takes
+    steps --lora-plus times as large (arXiv 2402.12354)."""
     trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
     matrices = [k for k, p in trained.items() if args.muon and p.dim() >= 2 and min(p.shape[0], p[0].numel()) >= 8
                 and "token_embedding" not in k]
@@ -100,10 +118,11 @@ def learning_rate(step: int, steps: int, lr: float, warmup: int = 100) -> float:
 
 
 def fit(args, run: Path, model: nn.Module, optimizers, steps: int, loss_fn, sheet_fn):
-    """Train `model` for `steps` steps: loss_fn(step, generator) -> dict of scalars with "loss"; sheet_fn(path) draws what is learnt.
+    """Train `model` for `steps` steps.
 
-    Writes run/log.jsonl, run/sheet-STEP.png, run/checkpoint.pt (trained tensors, optimisers, step). --resume goes on from there; --start takes
-    another run's weights only."""
+    loss_fn(step, generator) -> dict of scalars with "loss"; sheet_fn(path) draws what is learnt. Writes run/log.jsonl,
+    run/sheet-STEP.png, run/checkpoint.pt (trained tensors, optimisers, step). --resume goes on from there; --start
+    takes another run's weights only."""
     run.mkdir(parents=True, exist_ok=True)
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     checkpoint, start = run / "checkpoint.pt", 0
@@ -137,10 +156,12 @@ def fit(args, run: Path, model: nn.Module, optimizers, steps: int, loss_fn, shee
                 optimizer.step()
             sums = {k: sums.get(k, 0) + v.item() for k, v in parts.items()}
             if not math.isfinite(sums["loss"]):
-                raise ValueError(f"the loss is not finite at step {step}; {checkpoint} holds the last good state, try a smaller --lr")
+                raise ValueError(f"the loss is not finite at step {step}; {checkpoint} holds the last good state, "
+                                 "try a smaller --lr")
             if (step + 1) % args.log_every == 0 or step + 1 == steps:
                 count = step % args.log_every + 1
-                row = dict(step=step + 1, seconds=round(time.time() - began, 1), **{k: round(v / count, 5) for k, v in sums.items()})
+                row = dict(step=step + 1, seconds=round(time.time() - began, 1),
+                           **{k: round(v / count, 5) for k, v in sums.items()})
                 print(json.dumps(row), file=log, flush=True)
                 bar.set_postfix({k: v for k, v in row.items() if k not in ("step", "seconds")})
                 sums = {}
@@ -158,7 +179,8 @@ def parse_schedule(text: str) -> list[tuple[int, int, int, int]]:
         phases = [tuple(map(int, phase.split(":"))) for phase in text.split(",")]
         assert all(len(p) == 4 and min(p) > 0 and p[1] % 4 == 1 and p[2] % 8 == 0 for p in phases)
     except (ValueError, AssertionError):
-        raise ValueError(f"--schedule {text!r} is not steps:frames:side:batch,... with 4k+1 frames and sides in multiples of 8") from None
+        raise ValueError(f"--schedule {text!r} is not steps:frames:side:batch,... with 4k+1 frames and sides in "
+                         "multiples of 8") from None
     return phases
 
 
@@ -171,14 +193,16 @@ def phase_at(phases, step: int) -> tuple[int, int, int]:
 
 
 def draw_clips(dataset, n: int, frames: int, side: int, generator):
-    """n random clips -> rgb (n, 3, frames, side, side) in [-1, 1], alpha (n, 1, ...) in [0, 1]. Crops hold a part of the object."""
+    """n random clips -> rgb (n, 3, frames, side, side) in [-1, 1], alpha (n, 1, ...) in [0, 1].
+    Crops hold a part of the object."""
     pick = lambda high: int(torch.randint(high, (), generator=generator))
     clips = []
     for _ in range(n):
         rgb, alpha = map(torch.as_tensor, dataset.clip(pick(len(dataset))))
         t, h, w = alpha.shape
         if t < frames or h < side or w < side:
-            raise ValueError(f"the clips are {t} frames of {w}x{h}; the schedule asks for {frames} frames of {side}x{side}")
+            raise ValueError(f"the clips are {t} frames of {w}x{h}; "
+                             f"the schedule asks for {frames} frames of {side}x{side}")
         start = pick(t - frames + 1)
         rgb, alpha = rgb[start:start + frames], alpha[start:start + frames]
         inside = alpha[frames // 2].nonzero()
@@ -190,14 +214,15 @@ def draw_clips(dataset, n: int, frames: int, side: int, generator):
 
 
 def rgb_views(rgb, alpha, generator):
-    """What a base VAE learns from: each clip rendered softly (40 %) or hard (35 %) on a colour, or its alpha as grey (25 %).
-    Half of the colours are corners of the RGB cube, half are any."""
+    """What a base VAE learns from: each clip rendered softly (40 %) or hard (35 %) on a colour, or its alpha as grey
+    (25 %). Half of the colours are corners of the RGB cube, half are any."""
     n = len(rgb)
     corner, any_color = random_colors(n, generator)[0], torch.rand(n, 3, generator=generator) * 2 - 1
     color = torch.where(torch.rand(n, 1, generator=generator) < 0.5, corner, any_color)
     view = torch.rand(n, 1, 1, 1, 1, generator=generator)
     grey = (2 * alpha - 1).expand_as(rgb)
-    return torch.where(view < 0.4, soft_render(rgb, alpha, color), torch.where(view < 0.75, hard_render(rgb, alpha, color), grey))
+    return torch.where(view < 0.4, soft_render(rgb, alpha, color),
+                       torch.where(view < 0.75, hard_render(rgb, alpha, color), grey))
 
 
 # ---- stage base: an RGB VAE from scratch
@@ -231,7 +256,8 @@ def measure_statistics(vae: WanVAE, dataset, frames: int, side: int, seed: int) 
 # ---- stage rgba: merge block and two LoRA decoders on the frozen base
 
 
-def rgba_step(rgba: RGBAVAE, rgb, alpha, generator, vgg=None, perceptual=0.0, tabd=0.0, tabd_clamp=(-1, 1), dit=None, empty=None) -> dict:
+def rgba_step(rgba: RGBAVAE, rgb, alpha, generator, vgg=None, perceptual=0.0,
+              tabd=0.0, tabd_clamp=(-1, 1), dit=None, empty=None) -> dict:
     """L_alpha + L_soft + L_hard + tabd * L_TABD of rgb (b, 3, t, h, w) in [-1, 1], alpha (b, 1, t, h, w) in [0, 1].
     dit: the frozen base transformer, empty: its context of the empty prompt (l, d); needed when tabd is not 0."""
     color, _ = random_colors(len(rgb), generator)
@@ -276,8 +302,8 @@ def reconstruct(rgba: RGBAVAE, rgb, alpha):
 
 
 def evaluate(rgba: RGBAVAE, clips) -> list[dict]:
-    """PSNR in dB of each (rgb, alpha) uint8 clip through the autoencoder: soft renders over the 8 palette colours and alpha, over the
-    whole frame and in the object's region (alpha > 0, two pixels wider), and colour where alpha > 0."""
+    """PSNR in dB of each (rgb, alpha) uint8 clip through the autoencoder: soft renders over the 8 palette colours and
+    alpha, over the whole frame and in the object's region (alpha > 0, two pixels wider), and colour where alpha > 0."""
     rows = []
     for rgb, alpha in tqdm(clips, desc="autoencode"):
         rgb_hat, alpha_hat = reconstruct(rgba, rgb, alpha)
@@ -302,42 +328,37 @@ def print_scores(title: str, rows: list[dict]):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("data", nargs="?", help="folder of captioned RGBA clips (python data.py makes one)")
-    add("--stage", choices=("rgba", "base"), default="rgba", help="RGBA autoencoder on a frozen base, or a base VAE from scratch")
+    add("--stage", choices=("rgba", "base"), default="rgba",
+        help="RGBA autoencoder on a frozen base, or a base VAE from scratch")
     add("--base", default=str(TINY), help="checkpoint folder with the frozen base (stage rgba, --eval)")
     add("--out", default="runs/vae", help="folder that the result and the run's records go to")
     add("--vae-adapter", help="RGBA adapter that --eval scores; default: what config.json of --base names")
-    add("--eval", action="store_true", help="score 64 unseen procedural clips, and the pictures of --stills, instead of training")
+    add("--eval", action="store_true",
+        help="score 64 unseen procedural clips, and the pictures of --stills, instead of training")
     add("--stills", help="folder of RGBA pictures that --eval scores as stills")
     add("--schedule", help="phases steps:frames:side:batch,... ; default: the paper's 75000:17:272:2 for rgba")
-    add("--lr", type=float, default=1e-4, help="peak learning rate")
-    add("--muon", action="store_true", help="Muon for matrices and kernels, AdamW for the rest; without: AdamW for all")
-    add("--lora-plus", type=float, default=1.0, help="how many times larger the steps of LoRA's B are")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--rank", type=int, default=128, help="rank of the decoders' LoRA")
     add("--perceptual", type=float, default=1.0, help="weight of the VGG term; 0 trains without it")
     add("--vgg", default="vgg16-397923af.pth", help="ImageNet weights of VGG-16 for the perceptual term")
     add("--tabd", type=float, default=0.1, help="weight of L_TABD; 0 trains without a transformer")
-    add("--tabd-clamp", type=float, nargs=2, default=(-1.0, 1.0), help="-1 1 as in the paper, 0 1 as in the official code")
+    add("--tabd-clamp", type=float, nargs=2, default=(-1.0, 1.0),
+        help="-1 1 as in the paper, 0 1 as in the official code")
     add("--dim", type=int, default=16, help="stage base: channels at full resolution (Wan: 96)")
     add("--res-blocks", type=int, default=1, help="stage base: residual blocks a level (Wan: 2)")
     add("--kl", type=float, default=3e-5, help="stage base: weight of the KL term")
     add("--size", type=int, default=64, help="side in pixels that clips are scaled to")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
-    add("--bf16", action="store_true", help="forward passes in bfloat16: faster where the processor has it")
-    add("--compile", action="store_true", help="torch.compile the residual blocks: faster after a minute or so, needs a C++ compiler")
-    add("--half", action="store_true", help="store the result in float16")
-    add("--seed", type=int, default=0, help="of weights, batches and noise")
-    add("--start", help="checkpoint.pt of another run whose weights this run starts from")
-    add("--resume", action="store_true", help="go on from the last checkpoint of the same run")
-    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
-    add("--save-every", type=int, default=500, help="steps between checkpoints and contact sheets")
+    add("--compile", action="store_true",
+        help="torch.compile the residual blocks: faster after a minute or so, needs a C++ compiler")
+    add_loop_flags(add)
     args = parser.parse_args(argv)
     if not args.eval and not args.data:
         raise ValueError("give a folder of clips to train on, or --eval")
-    args.schedule = args.schedule or {"rgba": "75000:17:272:2", "base": "3000:1:40:64,1600:5:40:16,500:17:64:6"}[args.stage]
+    args.schedule = args.schedule or {"rgba": "75000:17:272:2",
+                                      "base": "3000:1:40:64,1600:5:40:16,500:17:64:6"}[args.stage]
     return args
 
 
@@ -377,7 +398,8 @@ def train_base(args, dataset, run: Path):
         video = rgb_views(*draw_clips(dataset, 4, phases[-1][1], args.size, generator), generator).to(args.device)
         result = vae.decode(vae.encode(video, chunk=None), chunk=None)
         opaque = np.full((phases[-1][1], args.size, args.size), 255, np.uint8)
-        to_clip = lambda x: (rearrange((x + 1) * 127.5, "c t h w -> t h w c").clamp(0, 255).byte().cpu().numpy(), opaque)
+        to_clip = lambda x: (
+            rearrange((x + 1) * 127.5, "c t h w -> t h w c").clamp(0, 255).byte().cpu().numpy(), opaque)
         contact_sheet(path, [to_clip(x) for pair in zip(video, result) for x in pair])
 
     fit(args, run, vae, make_optimizers(vae, args), sum(p[0] for p in phases), loss, sheet)

@@ -8,8 +8,9 @@ keeps the last input frames it will need again in `cache`, and the result is the
 (None) a call is one whole clip, which is what training uses.
 
 Letters: b batch, c channels, t frames, h w height and width, z latent channels.
-Differs from the official code (Wan2.1 `vae.py`): the cache idiom stands once, in CausalConv3d, not at 34 places; any chunking is
-allowed, not only 1, 4, 4, ...; test_vae_parity and test_vae_streaming_is_exact pin both. Parameter names are official.
+Differs from the official code (Wan2.1 `vae.py`): the cache idiom stands once, in CausalConv3d, not at 34 places; any
+chunking is allowed, not only 1, 4, 4, ...; test_vae_parity and test_vae_streaming_is_exact pin both.
+Parameter names are official.
 dtype rule: activations keep the input's dtype; only a norm's mean square is taken in float32.
 """
 
@@ -117,8 +118,8 @@ class AttentionBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halve or double h and w, frame by frame; with time=True t as well. The clip's first frame keeps its own place in time:
-    it passes the time convolution by. Downsampling uses it as history; upsampling starts from zeros after it."""
+    """Halve or double h and w, frame by frame; with time=True t as well. The clip's first frame keeps its own place in
+    time: it passes the time convolution by. Downsampling uses it as history; upsampling starts from zeros after it."""
 
     def __init__(self, dim: int, up: bool, time: bool):
         super().__init__()
@@ -169,7 +170,8 @@ class Encoder3d(nn.Module):
             if level < len(config.dim_mult) - 1:
                 layers.append(Resample(out_dim, up=False, time=config.temporal_downsample[level]))
         self.downsamples = Sequential(*layers)
-        self.middle = Sequential(ResidualBlock(out_dim, out_dim), AttentionBlock(out_dim), ResidualBlock(out_dim, out_dim))
+        self.middle = Sequential(ResidualBlock(out_dim, out_dim), AttentionBlock(out_dim),
+                                 ResidualBlock(out_dim, out_dim))
         self.head = Sequential(RMSNorm(out_dim), nn.SiLU(), CausalConv3d(out_dim, 2 * config.z_dim, 3, padding=1))
 
     def forward(self, x, cache=None):
@@ -183,10 +185,11 @@ class Decoder3d(nn.Module):
         super().__init__()
         dims = [config.dim * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])]
         self.conv1 = CausalConv3d(config.z_dim, dims[0], 3, padding=1)
-        self.middle = Sequential(ResidualBlock(dims[0], dims[0]), AttentionBlock(dims[0]), ResidualBlock(dims[0], dims[0]))
+        self.middle = Sequential(ResidualBlock(dims[0], dims[0]), AttentionBlock(dims[0]),
+                                 ResidualBlock(dims[0], dims[0]))
         layers = []
         for level, (in_dim, out_dim) in enumerate(zip(dims, dims[1:])):
-            in_dim = in_dim if level == 0 else in_dim // 2         # the upsampling before this level halved the channels
+            in_dim = in_dim if level == 0 else in_dim // 2     # the upsampling before this level halved the channels
             for block in range(config.num_res_blocks + 1):
                 layers.append(ResidualBlock(in_dim if block == 0 else out_dim, out_dim))
             if level < len(config.dim_mult) - 1:
@@ -224,10 +227,12 @@ class WanVAE(nn.Module):
         return (raw - mean) / std
 
     def features(self, video, cache=None):
-        """Encoder features before the head: (b, 3, t, h, w) in [-1, 1] -> (b, 384, t', h/8, w/8). Input of the merge block."""
+        """Encoder features before the head: (b, 3, t, h, w) in [-1, 1] -> (b, 384, t', h/8, w/8).
+        Input of the merge block."""
         b, c, t, h, w = video.shape
         if h % 8 or w % 8 or (cache is None and t % 4 != 1):
-            raise ValueError(f"the VAE takes 4k+1 frames of sides divisible by 8, not {t} frames of {w}x{h}; crop or pad the clip")
+            raise ValueError(f"the VAE takes 4k+1 frames of sides divisible by 8, not {t} frames of {w}x{h}; "
+                             "crop or pad the clip")
         return self.encoder(video, cache)
 
     def moments(self, features, cache=None):
@@ -236,9 +241,10 @@ class WanVAE(nn.Module):
 
     def encode(self, video, chunk: int | None = 4):
         """Video (b, 3, t, h, w) in [-1, 1], t = 4k+1 -> normalised latent (b, 16, t', h/8, w/8).
-        chunk: frames at a time after the first, a multiple of 4, or None for one pass; it changes memory, not the result."""
+        chunk: frames at a time after the first, a multiple of 4; None: one pass. It changes memory, not the result."""
         if video.shape[2] % 4 != 1 or (chunk and chunk % 4):
-            raise ValueError(f"encode takes 4k+1 frames in chunks of 4k, not {video.shape[2]} frames in chunks of {chunk}")
+            raise ValueError("encode takes 4k+1 frames in chunks of 4k, "
+                             f"not {video.shape[2]} frames in chunks of {chunk}")
         cache = None if chunk is None else {}
         raw = [self.moments(self.features(part, cache), cache)[0] for part in chunks(video, 1, chunk)]
         return self.normalize(torch.cat(raw, dim=2))
@@ -263,7 +269,7 @@ class WanVAE(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Start for training from scratch: kernels keep the signal's size and act on the present frame, hardly on the past."""
+        """Start from scratch: kernels keep the signal's size and act on the present frame, hardly on the past."""
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Conv3d)):
                 fan_in = module.weight[0].numel() / (module.kernel_size[0] if module.weight.dim() == 5 else 1)
@@ -274,7 +280,7 @@ class WanVAE(nn.Module):
         for module in self.modules():
             if isinstance(module, ResidualBlock):
                 module.residual[6].weight *= 0.4
-            if isinstance(module, Resample) and hasattr(module, "time_conv"):      # pass frames on: the newest is copied
+            if isinstance(module, Resample) and hasattr(module, "time_conv"):     # pass frames on: the newest is copied
                 module.time_conv.weight.zero_()
                 halves = module.time_conv.weight[:, :, -1, 0, 0].chunk(2 if module.up else 1)
                 for half in halves:
@@ -282,7 +288,7 @@ class WanVAE(nn.Module):
 
 
 def vae_config(state: dict, metadata: dict | None = None) -> VAEConfig:
-    """Sizes from the tensors of a Wan VAE state dict; mean and std from the file's metadata where it has them, else Wan's."""
+    """Sizes from the tensors of a Wan VAE; mean and std from the file's metadata where it has them, else Wan's."""
     down = [k.split(".")[2] for k in state if k.startswith("encoder.downsamples.")]
     count = max(map(int, down)) + 1
     name = "encoder.downsamples.{}.{}"
@@ -296,7 +302,8 @@ def vae_config(state: dict, metadata: dict | None = None) -> VAEConfig:
 
 
 def read_checkpoint(path) -> tuple[dict, dict]:
-    """State dict and metadata of a .safetensors or .pth file, memory-mapped; pickles with weights_only. ValueError if it is neither."""
+    """State dict and metadata of a .safetensors or .pth file, memory-mapped; pickles with weights_only.
+    ValueError if it is neither."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a checkpoint file (.safetensors, .pth or .bin)")
@@ -308,14 +315,15 @@ def read_checkpoint(path) -> tuple[dict, dict]:
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0][:120]}") from None
     except Exception as error:                         # pickle.UnpicklingError: code in the pickle, or no pickle at all
-        raise ValueError(f"{path} is not a plain tensor checkpoint and was not loaded ({type(error).__name__})") from None
+        raise ValueError(f"{path} is not a plain tensor checkpoint and was not loaded "
+                         f"({type(error).__name__})") from None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no flat dict of tensors; it is not one of Wan's checkpoints")
     return state, {}
 
 
 def load_strict(module: nn.Module, state: dict, path, dtype, device) -> nn.Module:
-    """Put `state` into `module` (built on the meta device), all keys and shapes matching; ValueError lists what does not."""
+    """Put `state` into `module` (on the meta device), all keys and shapes matching; ValueError lists what does not."""
     want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
     have = {k: tuple(v.shape) for k, v in state.items()}
     wrong = ([f"missing {k}" for k in want if k not in have] + [f"unexpected {k}" for k in have if k not in want]
@@ -328,7 +336,7 @@ def load_strict(module: nn.Module, state: dict, path, dtype, device) -> nn.Modul
 
 
 def load_vae(path, config: VAEConfig | None = None, dtype=torch.float32, device="cpu") -> WanVAE:
-    """Wan2.1_VAE.pth, or a .safetensors of the same keys, of any size: what `config` leaves unsaid is read from the tensors."""
+    """Wan2.1_VAE.pth, or a .safetensors of the same keys, of any size; without `config` it is read from the tensors."""
     state, metadata = read_checkpoint(path)
     try:
         config = config or vae_config(state, metadata)
@@ -347,4 +355,5 @@ if __name__ == "__main__":
         print(f"{asdict(config) | {'mean': '...', 'std': '...'}}")
         print(f"video {tuple(video.shape)} -> features {tuple(vae.features(video).shape)} -> latent {tuple(z.shape)}")
         whole, streamed = vae.decode(z, chunk=None), vae.decode(z, chunk=1)
-    print(f"-> video {tuple(whole.shape)}; streamed one latent frame at a time it differs by {(whole - streamed).abs().max():.1e}")
+    print(f"-> video {tuple(whole.shape)}; streamed one latent frame at a time it differs by "
+          f"{(whole - streamed).abs().max():.1e}")
