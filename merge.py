@@ -20,8 +20,8 @@ from torch import nn
 
 from dora import adapter_state, add_lora, merge_adapter
 from losses import hard_render
-from vae import (AttentionBlock, CausalConv3d, RMSNorm, ResidualBlock, Sequential, WanVAE, chunks, load_vae,
-                 read_checkpoint)
+from vae import (AttentionBlock, CausalConv3d, RMSNorm, ResidualBlock, Sequential, WanVAE, chunks, load_strict,
+                 load_vae, read_checkpoint)
 
 WHITE = torch.ones(3)
 
@@ -143,7 +143,7 @@ def load_rgba_vae(vae_path, adapter_path, dtype=torch.float32, device="cpu") -> 
 
 def load_middle(state: dict, path) -> FeatureMerge:
     """The merge block from its tensors, whose shapes say its sizes."""
-    sizes = [state.get(f"block.{name}.weight", torch.empty(0, 0)).shape for name in ("conv1", "head.2")]
+    sizes = [state.get(f"block.{name}.weight", torch.empty(1, 1)).shape for name in ("conv1", "head.2")]
     with torch.device("meta"):
         middle = FeatureMerge(sizes[0][1], *sizes[1][:2])
     return load_strict(middle, state, path, torch.float32, "cpu")
