@@ -51,7 +51,8 @@ from sampler import (ellipse_mask, euler, filled_ellipse, fit_ellipse, flow_targ
                      interpolate, load_mask, mask_from_alpha, parse_ellipse, sample_sigma, shift_noise,
                      shifted_sigmas, training_sigmas, training_weights, unipc)
 from text import T5Config, TextEncoder, UMT5, clean_prompt, distance_buckets, load_text_encoder, make_tokenizer
-from train_vae import evaluate as evaluate_vae
+from train_dit import has_holes, named_color, named_motion, named_shape, score_clip, score_table, unseen_prompts
+from train_vae import evaluate as evaluate_vae, object_region, psnr
 from vae import CausalConv3d, VAEConfig, WanVAE, load_vae, vae_config
 
 ROOT = Path(__file__).parent
@@ -246,6 +247,10 @@ def test_decoder_bin_decodes_only_and_frozen_copies_are_skipped(tmp_path):
     torch.save(adapter | {"surprise.weight": torch.zeros(3)}, tmp_path / "VAE.bin")
     with pytest.raises(ValueError, match="surprise.weight"):
         load_rgba_vae(tmp_path / "v.pth", tmp_path / "VAE.bin")
+    for lost in ("middle.block.head.2.weight", "middle.block.head.0.gamma"):
+        torch.save({k: v for k, v in adapter.items() if k != lost}, tmp_path / "VAE.bin")
+        with pytest.raises(ValueError, match=f"VAE.bin does not fit FeatureMerge: .*{lost[7:]}"):
+            load_rgba_vae(tmp_path / "v.pth", tmp_path / "VAE.bin")
 
 
 # ---- LoRA and DoRA
@@ -1958,6 +1963,145 @@ def test_trainings_refuse_wrong_input_in_one_sentence(script, arguments, sentenc
     assert re.search(sentence, said) and "\n" not in said
 
 
+# ---- scores
+
+
+ASKED = unseen_prompts(24)
+CLIPS = [procedural_clip(i, two=0, **attributes) for i, (_, attributes) in enumerate(ASKED)]
+
+
+def one(motion="rising", material="solid", shape="ball"):
+    return procedural_clip(5, two=0, shape=shape, color="red", material=material, motion=motion)
+
+
+def smooth(x):
+    """Blur with a deviation of one pixel, uint8 (t, h, w) or (t, h, w, 3)."""
+    k = torch.exp(-torch.arange(-4, 5) ** 2 / 2)
+    k = (k[:, None] * k / k.sum() ** 2)[None, None]
+    y = torch.from_numpy(x.reshape(*x.shape[:3], -1)).movedim(-1, 1).float()
+    y = F.conv2d(F.pad(y.flatten(0, 1)[:, None], (4, 4, 4, 4), mode="replicate"), k).view(y.shape)
+    return y.movedim(1, -1).round().byte().numpy().reshape(x.shape)
+
+
+def test_every_score_passes_on_the_truth_and_through_a_blur():
+    for i, clip in enumerate(CLIPS):
+        scores = score_clip(clip.rgb, clip.alpha, clip.attributes)
+        assert not [name for name, passes in scores.items() if passes is False], clip.caption
+        assert all(type(passes) in (bool, type(None)) for passes in scores.values())
+        if i % 3 == 0:
+            scores = score_clip(smooth(clip.rgb), smooth(clip.alpha), clip.attributes)
+            assert not [name for name, passes in scores.items() if passes is False], clip.caption
+
+
+def test_scores_of_wrong_labels_are_chance():
+    truth = CLIPS[1:] + CLIPS[:1]
+    got = [score_clip(clip.rgb, clip.alpha, other.attributes) for clip, other in zip(CLIPS, truth)]
+    for name in ("color", "motion", "shape"):
+        assert np.mean([scores[name] for scores in got]) < 0.3, name
+    for name in ("shape", "color", "motion"):                              # it passes just where the labels agree
+        agree = [clip.attributes[name] == other.attributes[name] for clip, other in zip(CLIPS, truth)]
+        assert [scores[name] for scores in got] == agree
+    assert np.mean([scores["material"] for scores in got]) < 0.7           # glass, smoke and bubble share one rule
+
+
+@pytest.mark.parametrize("motion, mirrored, reversed_", [
+    ("moving from left to right", "moving from right to left", "moving from right to left"),
+    ("rising", "rising", "falling"), ("bouncing", "bouncing", "bouncing"), ("spinning", "spinning", "spinning"),
+    ("orbiting", "orbiting", "orbiting")])
+def test_left_and_right_up_and_down_are_told_apart(motion, mirrored, reversed_):
+    alpha = one(motion).alpha
+    assert named_motion(alpha) == motion
+    assert named_motion(alpha[:, :, ::-1].copy()) == mirrored
+    assert named_motion(alpha[::-1].copy()) == reversed_
+
+
+def test_what_stands_still_or_comes_back_or_vanishes_has_no_motion():
+    alpha = one("moving from left to right").alpha
+    assert named_motion(np.repeat(alpha[:1], 17, 0)) == "none"
+    assert named_motion(np.concatenate([alpha[::2], alpha[-2::-2]])) == "none"
+    vanishing = alpha.copy()
+    vanishing[9] = 0
+    assert named_motion(vanishing) == "none"
+
+
+def test_a_hole_is_caught_and_a_dent_is_not():
+    clip = one("moving from left to right")
+    columns = clip.alpha[8].max(0).nonzero()[0]
+    middle = columns[len(columns) // 2]
+    row = int(clip.alpha[8][:, middle].nonzero()[0].mean())
+    hole, dent = clip.alpha.copy(), clip.alpha.copy()
+    hole[8, row:row + 2, middle:middle + 2] = 150
+    dent[8, :row, middle:middle + 2] = 150
+    assert [has_holes(alpha) for alpha in (clip.alpha, hole, dent)] == [False, True, False]
+    assert score_clip(clip.rgb, hole, clip.attributes)["no_holes"] is False
+    assert has_holes(one(shape="ring").alpha) and named_shape(one(shape="ring").alpha) == "ring"
+    assert score_clip(clip.rgb, hole, clip.attributes | {"shape": "ring"})["no_holes"] is None
+    assert score_clip(clip.rgb, hole, clip.attributes | {"material": "glass"})["no_holes"] is None
+
+
+def test_scores_fail_where_they_should():
+    clip = one()
+    hazy = np.maximum(clip.alpha, 4)                                       # 0.016 everywhere
+    assert not score_clip(clip.rgb, hazy, clip.attributes)["corners"]
+    pale = (clip.alpha * 0.9).astype(np.uint8)
+    assert not score_clip(clip.rgb, pale, clip.attributes)["solid"]
+    for material, as_if in (("solid", "glow"), ("solid", "glass"), ("glass", "solid"), ("smoke", "glow")):
+        clip = one(material=material)
+        scores = score_clip(clip.rgb, clip.alpha, clip.attributes | {"material": as_if})
+        assert scores["material"] is scores[as_if] is False and scores[material] is None
+    square = np.zeros((17, 64, 64), np.uint8)
+    square[:, 30:34, 10:54] = square[:, 10:54, 30:34] = 255                # a thin cross is none of the shapes
+    assert named_shape(square) == "none"
+
+
+def test_an_empty_clip_fails_all_but_corners_and_holes():
+    rgb, attributes = np.zeros((17, 64, 64, 3), np.uint8), one().attributes
+    scores = score_clip(rgb, rgb[..., 0], attributes)
+    assert [name for name, passes in scores.items() if passes] == ["corners", "no_holes"]
+    assert named_color(rgb, rgb[..., 0]) == named_motion(rgb[..., 0]) == named_shape(rgb[..., 0]) == "none"
+
+
+def test_scores_do_not_depend_on_frame_size():
+    for size, frames in ((96, 9), ((64, 112), 17)):
+        clip = procedural_clip(3, size, frames, split="test", two=0)
+        assert False not in score_clip(clip.rgb, clip.alpha, clip.attributes).values()
+
+
+def test_score_table_counts_only_what_applies():
+    rows = [dict(color=True, glass=None, glow=None), dict(color=False, glass=True, glow=None)]
+    assert score_table(rows) == ("color         50.0 %     1 of    2\n"
+                                 "  glass      100.0 %     1 of    1\n"
+                                 "  glow           - %     0 of    0")
+
+
+def test_unseen_prompts_are_held_out_different_and_even():
+    prompts = unseen_prompts()
+    names = ("shape", "color", "material", "motion")
+    combinations = [tuple(attributes[name] for name in names) for _, attributes in prompts]
+    assert len(set(combinations)) == 200 and all(held_out(*c) for c in combinations)
+    for values, column in zip((SHAPES, COLORS, MATERIALS, MOTIONS), zip(*combinations)):
+        counts = [column.count(value) for value in values]
+        assert min(counts) > 0.7 * 200 / len(values)
+    assert all(prompt == caption_of(attributes, i % 2) for i, (prompt, attributes) in enumerate(prompts))
+    assert unseen_prompts() == prompts and unseen_prompts(200, seed=1) != prompts and ASKED == prompts[:24]
+    with pytest.raises(ValueError, match="only"):
+        unseen_prompts(3000)
+
+
+def test_psnr_of_known_errors():
+    x = np.zeros((2, 8, 8, 3), np.uint8)
+    y, mask = x.copy(), np.zeros((2, 8, 8), bool)
+    y[:, :, :4], mask[:, :, :4] = 51, True
+    assert round(psnr(x, y, mask), 4) == 13.9794 and round(psnr(x, y), 4) == 16.9897 and psnr(x, x) > 75
+
+
+def test_object_region_is_two_pixels_wider_than_the_object():
+    alpha = np.zeros((2, 16, 16), np.uint8)
+    alpha[0, 8, 8] = 1
+    region = object_region(alpha)
+    assert region.dtype == bool and region.sum() == 25 and region[0, 6:11, 6:11].all() and not region[1].any()
+
+
 # ---- generate.py
 
 
@@ -2084,9 +2228,9 @@ def latent(prompt, *flags):
 def test_every_argument_has_a_say():
     plain = latent("ball")
     assert torch.equal(plain, latent("ball")) and plain.shape == (1, 16, 2, 4, 6)
-    for flags in (("--seed", 1), ("--steps", 3), ("--shift", 3), ("--guidance", 2, "--negative", "ghost"), ("--mean", 0),
-                  ("--mean", 0.1), ("--mask", "0.2,0.5,0.2,0.3"), ("--dora", ""), ("--sampler", "unipc"),
-                  ("--distill", base() / "t2v.safetensors"), ("--dtype", "bfloat16")):
+    for flags in (("--seed", 1), ("--steps", 3), ("--shift", 3), ("--guidance", 2, "--negative", "ghost"),
+                  ("--mean", 0), ("--mean", 0.1), ("--mask", "0.2,0.5,0.2,0.3"), ("--dora", ""),
+                  ("--distill", base() / "t2v.safetensors"), ("--sampler", "unipc"), ("--dtype", "bfloat16")):
         assert not torch.equal(plain, latent("ball", *flags)), flags
     assert not torch.equal(plain, latent("ghost"))
     assert latent("ball", "--size", "32x48", "--frames", 9).shape == (1, 16, 3, 6, 4)
@@ -2154,19 +2298,20 @@ def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys):
     for name in ("text.pt", "text.safetensors", "text.webm", "file"):
         (tmp_path / name).write_text("nothing of the kind")
     (tmp_path / "ball-0").mkdir()
+    text, vae, none = tmp_path / "text.safetensors", base() / VAE_NAME, tmp_path / "none"
     wrong = [
-        ("--size", "50x32", "--size"), ("--size", "0x0", "--size"), ("--size", "8x8", "--size"), ("--size", "64", "'64'"),
-        ("--size", "-16x32", "--size"), ("--frames", 4, "4k+1"), ("--frames", -3, "4k+1"), ("--frames", "x", "--frames"),
-        ("--steps", 0, "--steps"), ("--shift", 0, "--shift"), ("--shift", "inf", "--shift"), ("--mean", "nan", "--mean"),
+        *(("--size", size, "--size") for size in ("50x32", "0x0", "8x8", "-16x32", "64", "axb")),
+        *(("--frames", frames, "--frames") for frames in (4, 0, -3, "x")), ("--steps", 0, "--steps"),
+        ("--shift", 0, "--shift"), ("--shift", "inf", "--shift"), ("--mean", "nan", "--mean"),
         ("--guidance", "inf", "--guidance"), ("--seed", -1, "--seed"), ("--seed", 2 ** 70, "--seed"),
-        ("--sampler", "ddim", "ddim"), ("--base", tmp_path / "none", "config.json"), ("--base", tmp_path, "config.json"),
-        ("--vae-adapter", tmp_path / "none", "none"), ("--dora", tmp_path / "none", "none"),
-        ("--vae-adapter", base() / "t2v.safetensors", "t2v"), ("--dora", base() / VAE_NAME, VAE_NAME),
-        ("--distill", tmp_path / "text.safetensors", "text.safetensors"),
+        ("--sampler", "ddim", "ddim"),
+        ("--base", none, "config.json"), ("--base", tmp_path, "config.json"),
+        ("--vae-adapter", none, "none"), ("--vae-adapter", base() / "t2v.safetensors", "t2v"),
+        ("--dora", none, "none"), ("--dora", vae, VAE_NAME), ("--distill", text, text.name),
         ("--mask", "nowhere.webm", "nowhere.webm"), ("--mask", "a ball", "a ball"), ("--mask", "0.5,0.5,0,0.2", "0.5"),
-        ("--mask", tmp_path / "nan.pt", "nan"), ("--mask", tmp_path / "zero.pt", "empty"),
+        ("--mask", tmp_path / "nan.pt", "nan"), ("--mask", tmp_path / "zero.pt", "empty"), ("--mask", text, text.name),
         ("--mask", tmp_path / "empty.webp", "empty"), ("--mask", tmp_path / "text.pt", "text.pt"),
-        ("--mask", tmp_path / "text.safetensors", "text.safetensors"), ("--mask", tmp_path / "text.webm", "text.webm"),
+        ("--mask", tmp_path / "text.webm", "text.webm"),
         ("--out", tmp_path / "file", "--out"), ("--out", tmp_path, "ball-0")]
     for flag, value, word in wrong:
         argv = arguments("ball", tmp_path / "out", flag, value)
@@ -2182,12 +2327,13 @@ def test_broken_base_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(base(), tmp_path / "base")
     command = ["ball", "--base", folder, "--out", tmp_path / "out"]
     files = {name: (base() / name).read_bytes() for name in BASE_FILES}
-    for name, another in zip(BASE_FILES, BASE_FILES[1:] + BASE_FILES[2:3]):
-        whole, stem = files[name], name.split("/")[-1].split(".")[0]
-        for broken in (b"", whole[:len(whole) // 2], b"nothing of the kind", files[another]):
+    another = dict(zip(BASE_FILES[2:], BASE_FILES[3:] + BASE_FILES[2:3]))                   # of another model
+    for name, whole in files.items():
+        stem = name.split("/")[-1].split(".")[0]
+        for broken in (b"", whole[:len(whole) // 2], b"nothing of the kind", files.get(another.get(name), b"[1]")):
             (folder / name).write_bytes(broken)
-            where = "Wan DiT" if (stem, broken) == ("diffusion_pytorch_model", files[another]) else stem
-            assert where in fails(capsys, *command), (name, broken[:20])
+            sentence = fails(capsys, *command)
+            assert stem in sentence or "is not a Wan DiT" in sentence, (name, broken[:20])
         (folder / name).unlink()
         assert stem in fails(capsys, *command)
         (folder / name).write_bytes(whole)
@@ -2262,8 +2408,8 @@ def test_embedded_model_shows_what_unseen_prompts_say():
     tiny = ROOT / "tiny"
     text, rgba = load_text_encoder(tiny), load_rgba_vae(tiny / "Wan2.1_VAE.safetensors", tiny / "Wan-Alpha-v2-VAE.safetensors")
     dit = load_dit(tiny, [(tiny / "t2v.safetensors", 1.0)])
-    args = Namespace(size=64, frames=17, mean=0.05, shift=5.0, seed=0)
-    _, rows = train_dit.evaluate(dit, rgba, text, args, train_dit.test_prompts(12, seed=1))
+    args = Namespace(size=64, frames=17, mean=0.05, shift=5.0, seed=0, device="cpu")
+    _, rows = train_dit.evaluate(dit, rgba, text, args, train_dit.unseen_prompts(12, seed=1))
     for name in ("color", "motion", "shape", "corners"):
         assert sum(row[name] for row in rows) >= 9, name
 

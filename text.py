@@ -64,7 +64,7 @@ def distance_buckets(length: int, num_buckets: int, max_distance: int = 128, dev
 
 
 def empty_embedding(rows: int, dim: int) -> nn.Embedding:
-    """nn.Embedding without a random start of its own: on the meta device that imports torch's compiler, a second of work."""
+    """nn.Embedding without a random start of its own: on the meta device it would import the compiler, a second."""
     return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
 
 

@@ -197,7 +197,8 @@ def body(alpha):
 
 def body_alpha(alpha) -> float:
     """Median alpha of the body over all frames, in [0, 1]; 0 without a body."""
-    return float(np.median(alpha[body(alpha)])) / 255 if body(alpha).any() else 0.0
+    inside = alpha[body(alpha)]
+    return float(np.median(inside)) / 255 if len(inside) else 0.0
 
 
 def silhouette(alpha):
@@ -209,8 +210,8 @@ def silhouette(alpha):
 def halo_alpha(alpha) -> float:
     """Mean alpha of the third pixel outside the silhouette, in [0, 1]."""
     inside = silhouette(alpha)
-    return float(alpha[grow(inside, 3) & ~grow(inside, 2)].sum()
-                 / max(1, 255 * (grow(inside, 3) & ~grow(inside, 2)).sum()))
+    third = grow(inside, 3) & ~grow(inside, 2)
+    return float(alpha[third].sum() / max(1, third.sum())) / 255
 
 
 def corner_alpha(alpha) -> float:
@@ -220,7 +221,7 @@ def corner_alpha(alpha) -> float:
 
 
 def has_holes(alpha) -> bool:
-    """In some frame a place with alpha < 0.8 is enclosed: no path of such pixels leads from it to the border."""
+    """Some frame encloses a place with alpha < 0.8: no path of such pixels leads from it to the frame's border."""
     free = F.pad(torch.from_numpy(alpha < 204).float(), (1, 1, 1, 1), value=1)[:, None]
     reached = F.pad(torch.zeros(free[..., 1:-1, 1:-1].shape), (1, 1, 1, 1), value=1)
     while not reached.equal(more := F.max_pool2d(reached, 3, 1, 1) * free):
@@ -229,10 +230,11 @@ def has_holes(alpha) -> bool:
 
 
 def named_color(rgb, alpha) -> str:
-    """The nearest of the ten colours, in RGB, to the body's median colour over all frames."""
-    if not body(alpha).any():
+    """The nearest of the ten colours, in RGB, to the silhouette's median colour over all frames."""
+    inside = rgb[silhouette(alpha)]
+    if not len(inside):
         return "none"
-    away = np.array(list(COLORS.values())) - np.median(rgb[body(alpha)], 0) / 255
+    away = np.array(list(COLORS.values())) - np.median(inside, 0) / 255
     return list(COLORS)[(away ** 2).sum(1).argmin()]
 
 
@@ -249,17 +251,16 @@ def named_motion(alpha) -> str:
     """The first rule that holds of the silhouette's area, proportion (width / height) and centre, in frame heights."""
     area, centre, deviation = moments(torch.from_numpy(silhouette(alpha)))
     proportion, reach, net = deviation[:, 0] / deviation[:, 1], centre.amax(0) - centre.amin(0), centre[-1] - centre[0]
-    axis = "xy"[int(reach.argmax())]
-    returns = bool((net.abs() < 0.5 * reach)["xy".index(axis)])
+    across, back = reach[0] > reach[1], (net.abs() < 0.5 * reach)[int(reach.argmax())]
     rules = (("none", area.min() == 0),
-             ("growing", area[-1] > 1.8 * area[0]),
+             ("growing", area[-1] > 2 * area[0]),
              ("spinning", proportion.min() < 0.5 * proportion.max()),
              ("none", reach.max() < 0.1),
              ("orbiting", reach.min() > 0.5 * reach.max()),
-             ("bouncing", axis == "y" and returns),
-             ("none", returns),
-             ("moving from left to right", axis == "x" and net[0] > 0),
-             ("moving from right to left", axis == "x"),
+             ("bouncing", back and not across),
+             ("none", back),
+             ("moving from left to right", across and net[0] > 0),
+             ("moving from right to left", across),
              ("falling", net[1] > 0),
              ("rising", True))
     return next(name for name, holds in rules if holds)
@@ -279,10 +280,12 @@ def named_shape(alpha) -> str:
     intersection over union, mean over the frames of at least median area; none if that is below 0.75."""
     mask = torch.from_numpy(silhouette(alpha))
     area = mask.sum((1, 2))
-    mask = aligned(mask[(area >= area.median()) & (area > 0)])[:, None]
+    if area.max() == 0:
+        return "none"
+    mask = aligned(mask[area >= area.median().clamp(min=1)])[:, None]
     outlines = aligned(torch.stack([torch.from_numpy(distance_table(shape)[..., 0] < 0) for shape in SHAPES]))
     overlap = ((mask & outlines).sum((2, 3)) / (mask | outlines).sum((2, 3))).mean(0)
-    return SHAPES[overlap.argmax()] if overlap.max() >= 0.75 else "none"   # without a silhouette: nan, so none
+    return SHAPES[overlap.argmax()] if overlap.max() >= 0.75 else "none"
 
 
 def score_clip(rgb, alpha, attributes: dict) -> dict:
@@ -296,7 +299,8 @@ def score_clip(rgb, alpha, attributes: dict) -> dict:
     whole = material == "solid" and attributes["shape"] != "ring"
     return dict(color=named_color(rgb, alpha) == attributes["color"],
                 motion=named_motion(alpha) == attributes["motion"],
-                shape=named_shape(alpha) == attributes["shape"], corners=corner_alpha(alpha) < 0.01, material=right,
+                shape=named_shape(alpha) == attributes["shape"],
+                corners=corner_alpha(alpha) < 0.01, material=right,
                 **{name: right if name == material else None for name in MATERIALS},
                 no_holes=not has_holes(alpha) if whole else None)
 
