@@ -1952,6 +1952,7 @@ def test_flow_step_draws_the_shifted_noise():
     (train_vae, ["{data}", "--schedule", "10:4:64:2"], "4k\\+1"),
     (train_vae, ["{data}", "--base", "nowhere", "--perceptual", "0"], "nowhere"),
     (train_vae, ["{data}", "--vgg", "nowhere.pth"], "nowhere.pth.*--perceptual 0"),
+    (train_vae, ["{data}", "--stage", "base", "--schedule", "1:1:16:1", "--start", "{data}/0.apng"], "0.apng is not a checkpoint"),
     (train_dit, ["{data}", "--frames", "16"], "4k\\+1"),
     (train_dit, ["{data}", "--base", "nowhere"], "nowhere")])
 def test_trainings_refuse_wrong_input_in_one_sentence(script, arguments, sentence, tmp_path, capsys):

@@ -67,6 +67,8 @@ def add_loop_flags(add):
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
     add("--bf16", action="store_true", help="forward passes in bfloat16: faster where the processor has it")
+    add("--compile", action="store_true",
+        help="torch.compile the blocks: faster after a minute or so, needs a C++ compiler")
     add("--half", action="store_true", help="store the result in float16")
     add("--seed", type=int, default=0, help="of weights, batches and noise")
     add("--start", help="checkpoint.pt of another run whose weights this run starts from")
@@ -117,6 +119,20 @@ def learning_rate(step: int, steps: int, lr: float, warmup: int = 100) -> float:
     return lr * min((step + 1) / warmup, (steps - step) / steps)
 
 
+def read_run(file, trained: dict) -> dict:
+    """A checkpoint.pt that `fit` wrote for a model with the same trained tensors."""
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        fits = {k: v.shape for k, v in saved["model"].items()} == {k: p.shape for k, p in trained.items()}
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{file} is not a checkpoint of a training here ({type(error).__name__})") from None
+    if not fits:
+        raise ValueError(f"{file} is of a model with other sizes or of another stage; give the flags it was made with")
+    return saved
+
+
 def fit(args, run: Path, model: nn.Module, optimizers, steps: int, loss_fn, sheet_fn):
     """Train `model` for `steps` steps.
 
@@ -128,7 +144,7 @@ def fit(args, run: Path, model: nn.Module, optimizers, steps: int, loss_fn, shee
     checkpoint, start = run / "checkpoint.pt", 0
     resume = args.resume and checkpoint.exists()
     if resume or args.start:
-        saved = torch.load(checkpoint if resume else args.start, map_location="cpu", weights_only=True)
+        saved = read_run(checkpoint if resume else args.start, trained)
         with torch.no_grad():
             for name, value in saved["model"].items():
                 trained[name].copy_(value)
@@ -146,6 +162,9 @@ def fit(args, run: Path, model: nn.Module, optimizers, steps: int, loss_fn, shee
         began, sums = time.time(), {}
         for step in (bar := tqdm(range(start, steps), initial=start, total=steps, mininterval=5)):
             parts = loss_fn(step, step_generator(args.seed, step))
+            if not math.isfinite(parts["loss"].item()):
+                raise ValueError(f"the loss is not finite at step {step}; {checkpoint} holds the last good state, "
+                                 "try a smaller --lr")
             for optimizer in optimizers:
                 optimizer.zero_grad()
             parts["loss"].backward()
@@ -155,9 +174,6 @@ def fit(args, run: Path, model: nn.Module, optimizers, steps: int, loss_fn, shee
                     group["lr"] = group["scale"] * learning_rate(step, steps, args.lr)
                 optimizer.step()
             sums = {k: sums.get(k, 0) + v.item() for k, v in parts.items()}
-            if not math.isfinite(sums["loss"]):
-                raise ValueError(f"the loss is not finite at step {step}; {checkpoint} holds the last good state, "
-                                 "try a smaller --lr")
             if (step + 1) % args.log_every == 0 or step + 1 == steps:
                 count = step % args.log_every + 1
                 row = dict(step=step + 1, seconds=round(time.time() - began, 1),
@@ -351,8 +367,6 @@ def parse_args(argv=None):
     add("--res-blocks", type=int, default=1, help="stage base: residual blocks a level (Wan: 2)")
     add("--kl", type=float, default=3e-5, help="stage base: weight of the KL term")
     add("--size", type=int, default=64, help="side in pixels that clips are scaled to")
-    add("--compile", action="store_true",
-        help="torch.compile the residual blocks: faster after a minute or so, needs a C++ compiler")
     add_loop_flags(add)
     args = parser.parse_args(argv)
     if not args.eval and not args.data:
@@ -370,11 +384,11 @@ def stored(state: dict, half: bool) -> dict:
     return {k: v.detach().to(torch.float16 if half else torch.float32).contiguous() for k, v in state.items()}
 
 
-def compile_blocks(module: nn.Module):
-    """Fuses what lies between the convolutions; every shape and width is compiled anew."""
+def compile_blocks(module: nn.Module, kind: type):
+    """Fuses what lies between the products in all blocks of a kind; every shape and width is compiled anew."""
     torch._dynamo.config.recompile_limit = 256
     for block in module.modules():
-        if isinstance(block, ResidualBlock):
+        if isinstance(block, kind):
             block.compile(dynamic=False)
 
 
@@ -383,7 +397,7 @@ def train_base(args, dataset, run: Path):
     vae.init_weights()
     vae.to(args.device)
     if args.compile:
-        compile_blocks(vae)
+        compile_blocks(vae, ResidualBlock)
     phases = parse_schedule(args.schedule)
 
     def loss(step, generator):
@@ -422,7 +436,7 @@ def train_rgba(args, dataset, run: Path):
             options |= dict(dit=load_dit(args.base, device=args.device).requires_grad_(False),
                             empty=load_text_encoder(args.base)([""])[0].to(args.device))
     if args.compile:
-        compile_blocks(rgba)
+        compile_blocks(rgba, ResidualBlock)
     phases = parse_schedule(args.schedule)
 
     def loss(step, generator):
