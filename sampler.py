@@ -99,13 +99,15 @@ def euler(model: Model, noise: Tensor, sigmas: Tensor) -> Iterator[tuple[int, Te
         yield i, z
 
 
-def unipc(model: Model, noise: Tensor, steps: int, shift: float = 5.0) -> Iterator[tuple[int, Tensor]]:
+def unipc(model: Model, noise: Tensor, steps: int | Tensor, shift: float = 5.0) -> Iterator[tuple[int, Tensor]]:
     """UniPC of order 2 with B(h) = exp(-h) - 1 ("bh2"), on predicted data; last step of order 1. Yields like `euler`.
 
     Each call of the model first corrects the state that it was called on, then predicts the next (paper, section 3).
     Starts at 0.999 and cuts model times to integers, as FlowUniPCMultistepScheduler of Wan2.1 does, the source.
+    steps: their number, or the noise levels themselves (steps+1,), all below 1.
     """
-    sigmas = shifted_sigmas(steps, shift, start=0.999).double()
+    sigmas = (steps if isinstance(steps, Tensor) else shifted_sigmas(steps, shift, start=0.999)).double()
+    steps = len(sigmas) - 1
     times = (1000 * sigmas).floor()
     z = corrected = noise.float()
     data = []  # clean latents, predicted at each level so far
