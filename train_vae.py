@@ -165,8 +165,7 @@ def fit(args, run: Path, model: nn.Module, optimizers, steps: int, loss_fn, shee
             if not math.isfinite(parts["loss"].item()):
                 raise ValueError(f"the loss is not finite at step {step}; {checkpoint} holds the last good state, "
                                  "try a smaller --lr")
-            for optimizer in optimizers:
-                optimizer.zero_grad()
+            model.zero_grad()           # not the optimisers': Muon's hold views of the parameters
             parts["loss"].backward()
             torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
             for optimizer in optimizers:
@@ -279,7 +278,8 @@ def rgba_step(rgba: RGBAVAE, rgb, alpha, generator, vgg=None, perceptual=0.0,
     color, _ = random_colors(len(rgb), generator)
     z = rgba.encode(rgb, alpha, color, chunk=None)
     rgb_hat, alpha_hat = (x.float() for x in rgba.decode(z, chunk=None))
-    parts = rgba_loss(rgb_hat, alpha_hat, rgb, alpha, generator, vgg=vgg, perceptual=perceptual)
+    with torch.autocast(z.device.type, enabled=False):
+        parts = rgba_loss(rgb_hat, alpha_hat, rgb, alpha, generator, vgg=vgg, perceptual=perceptual)
     loss = sum(parts.values())
     if tabd:
         sigma, weight = (x.to(z.device) for x in sample_sigma(len(z), generator))
