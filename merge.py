@@ -118,7 +118,7 @@ def split_adapter(state: dict, path) -> tuple[dict, dict, dict]:
         branch, _, name = key.partition(".")
         if branch == "middle" or (branch in parts and ".lora_" in name):
             parts[branch][name] = value
-        elif branch not in parts and not branch.startswith("loss"):
+        elif not (branch in parts and name.startswith(("encoder.", "decoder.", "conv1.", "conv2."))):
             unknown.append(key)
     if unknown or not parts["vae_fgr"] or not parts["vae_pha"]:
         raise ValueError(f"{path} is not a Wan-Alpha VAE adapter: it needs vae_fgr.* and vae_pha.* LoRA keys"

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,11 +37,12 @@ from merge import load_rgba_vae
 from sampler import (ellipse_mask, euler, flow_target, gaussian_mask, interpolate, sample_sigma, shift_noise,
                      shifted_sigmas)
 from text import T5Config, TextEncoder, UMT5, load_text_encoder, make_tokenizer
-from train_vae import (TINY, add_loop_flags, compile_blocks, find_vae, fit, make_optimizers, one_sentence, precision,
-                       record_run, step_generator, stored)
+from train_vae import (TINY, add_loop_flags, check_run, compile_blocks, find_vae, fit, make_optimizers, one_sentence,
+                       positive, precision, record_run, step_generator, stored, to_clip, to_video)
 from vae import load_vae
 
 DORA_TARGETS = ["q", "k", "v", "o", "ffn.0", "ffn.2"]      # of every block, both attentions
+CHUNK = 16                  # frames encoded or decoded at a time: bounds memory, changes no result
 BACKGROUNDS = dict(zip(("black", "blue", "green", "cyan", "red", "magenta", "yellow", "white"), PALETTE))
 
 
@@ -57,11 +57,6 @@ def cached(folder: Path, key: str, make) -> dict:
     return load_file(file)
 
 
-def to_video(rgb, alpha):
-    """uint8 (t, h, w, 3), (t, h, w) -> rgb (1, 3, t, h, w) in [-1, 1], alpha (1, 1, t, h, w) in [0, 1]."""
-    return rearrange(torch.as_tensor(rgb), "t h w c -> 1 c t h w") / 127.5 - 1, torch.as_tensor(alpha)[None, None] / 255
-
-
 def on_background(caption: str, color: str) -> str:
     """The caption of an RGB clip: its background is named where the RGBA caption says that there is none."""
     return caption.replace("transparent background", f"{color} background")
@@ -71,18 +66,18 @@ def on_background(caption: str, color: str) -> str:
 def rgb_latents(args, dataset) -> tuple[torch.Tensor, list[str]]:
     """Stage base: every clip rendered on white and on another palette colour -> z (n, 16, t', h', w') and captions.
     A caption that names no background is always on white."""
-    vae, file = load_vae(find_vae(args.base), device=args.device), find_vae(args.base).read_bytes()
+    vae, weights = load_vae(find_vae(args.base), device=args.device), cache_key(find_vae(args.base).read_bytes())
     latents, captions, names = [], [], list(BACKGROUNDS)
     for i in tqdm(range(len(dataset)), desc="latents"):
-        rgb, alpha = to_video(*dataset.clip(i))
+        clip = dataset.clip(i)
         other = names[i % 7] if "transparent background" in dataset.caption(i) else "white"
         colors = list(dict.fromkeys(("white", other)))
 
         def make():
-            video = torch.cat([soft_render(rgb, alpha, BACKGROUNDS[color]) for color in colors])
+            video = torch.cat([soft_render(*to_video(*clip), BACKGROUNDS[color]) for color in colors])
             with precision(args):
-                return {"z": vae.encode(video.to(args.device), chunk=None).float().cpu()}
-        key = cache_key(dataset.paths[i].read_bytes(), file, args.size, args.frames, *colors)
+                return {"z": vae.encode(video.to(args.device), CHUNK).float().cpu()}
+        key = cache_key(*(x.tobytes() for x in clip), weights, args.bf16, *colors)
         latents.append(cached(Path(args.cache), key, make)["z"])
         captions += [on_background(dataset.caption(i), color) for color in colors]
     return torch.cat(latents), captions
@@ -92,17 +87,21 @@ def rgb_latents(args, dataset) -> tuple[torch.Tensor, list[str]]:
 def rgba_latents(args, dataset) -> list[dict]:
     """Stage rgba: one dict a clip: z (16, t', h', w'), G (t', h', w') of its alpha, context (l, d) of its caption."""
     adapter = Path(args.vae_adapter)
-    rgba, text = load_rgba_vae(find_vae(args.base), adapter, device=args.device), load_text_encoder(args.base)
+    rgba = load_rgba_vae(find_vae(args.base), adapter, device=args.device)
+    text = load_text_encoder(args.base, device=args.device)
     weights = [cache_key(file.read_bytes()) for file in (find_vae(args.base), adapter)]
-    weights.append(cache_key(*(p.numpy().tobytes() for p in text.model.parameters())))
+    weights += [cache_key(p.cpu().numpy().tobytes()) for p in text.model.parameters()]
+    weights = cache_key(*weights, text.tokenizer.to_str(), text.text_len, args.bf16)
     items = []
     for i in tqdm(range(len(dataset)), desc="latents"):
+        clip, caption = dataset.clip(i), dataset.caption(i)
+
         def make():
-            rgb, alpha = to_video(*dataset.clip(i))
+            rgb, alpha = to_video(*clip)
             with precision(args):
-                z = rgba.encode(rgb.to(args.device), alpha.to(args.device), chunk=None).float()[0].cpu()
-            return {"z": z, "mask": gaussian_mask(alpha[0, 0]), "context": text([dataset.caption(i)])[0]}
-        key = cache_key(dataset.paths[i].read_bytes(), dataset.caption(i), args.size, args.frames, *weights)
+                z = rgba.encode(rgb.to(args.device), alpha.to(args.device), chunk=CHUNK).float()[0].cpu()
+            return {"z": z, "mask": gaussian_mask(alpha[0, 0]), "context": text([caption])[0].float().cpu()}
+        key = cache_key(*(x.tobytes() for x in clip), caption, weights)
         items.append(cached(Path(args.cache), key, make))
     return items
 
@@ -154,8 +153,7 @@ def train_base(args, dataset, run: Path):
         vae, names = load_vae(find_vae(args.base), device=args.device), captions[:6]
         noise = torch.randn(len(names), *latents.shape[1:], generator=step_generator(args.seed, -2)).to(args.device)
         *_, (_, z) = euler(lambda z, t: both["dit"](z, t, text(names)), noise, shifted_sigmas(8, args.shift))
-        video = rearrange((vae.decode(z) + 1) * 127.5, "b c t h w -> b t h w c").clamp(0, 255).byte().cpu().numpy()
-        contact_sheet(path, [(clip, np.full(clip.shape[:3], 255, np.uint8)) for clip in video])
+        contact_sheet(path, [to_clip(video) for video in vae.decode(z)])
         save_text(path.with_suffix(".txt"), "\n".join(names))
 
     fit(args, run, both, make_optimizers(both, args), args.steps, loss, sheet)
@@ -350,14 +348,12 @@ def unseen_prompts(n=200, seed=0) -> list[tuple[str, dict]]:
 @torch.no_grad()
 def sample(dit, rgba, contexts, masks, args, steps: int = 4, seed: int = 0) -> list:
     """Clips (rgb, alpha), uint8, one a context (l, d); masks: G (b, t', h', w')."""
-    shape = (16, *masks.shape[1:])
+    shape = (dit.config.in_dim, *masks.shape[1:])
     noise = torch.stack([torch.randn(shape, generator=step_generator(seed, i)) for i in range(len(contexts))])
     noise = shift_noise(noise, masks, args.mean).to(args.device)
     contexts = [context.to(args.device) for context in contexts]
     *_, (_, z) = euler(lambda z, t: dit(z, t, contexts), noise, shifted_sigmas(steps, args.shift))
-    rgb, alpha = rgba.decode(z, chunk=None)
-    rgb = rearrange((rgb + 1) * 127.5, "b c t h w -> b t h w c").clamp(0, 255).round().byte().cpu().numpy()
-    return list(zip(rgb, (alpha[:, 0] * 255).clamp(0, 255).round().byte().cpu().numpy()))
+    return [to_clip(*pair) for pair in zip(*rgba.decode(z, CHUNK // 4))]
 
 
 def evaluate(dit, rgba, text, args, prompts, steps: int = 4, mean: float | None = None,
@@ -422,26 +418,27 @@ def parse_args(argv=None):
     add("--cache", default="runs/cache",
         help="folder of encoded latents, reused where nothing they depend on has changed")
     add("--eval", action="store_true", help="score 200 unseen prompts instead of training")
-    add("--steps", type=int, default=1750, help="training steps")
-    add("--batch", type=int, default=8, help="clips a step")
-    add("--rank", type=int, default=32, help="rank of the DoRA; its scale is 1")
+    add("--steps", type=positive, default=1750, help="training steps")
+    add("--batch", type=positive, default=8, help="clips a step")
+    add("--rank", type=positive, default=32, help="rank of the DoRA; its scale is 1")
     add("--mean", type=float, default=0.05, help="mu: mean of the noise outside the ellipse")
     add("--shift", type=float, default=5.0, help="shift of the noise levels")
     add("--unweighted", action="store_true", help="all noise levels weigh alike, not by w(t)")
     add("--dim", type=int, default=192, help="stage base: width of the transformer")
-    add("--heads", type=int, default=6, help="stage base: its heads")
+    add("--heads", type=positive, default=6, help="stage base: its heads")
     add("--layers", type=int, default=6, help="stage base: its blocks")
     add("--text-dim", type=int, default=128, help="stage base: width of the text encoder")
     add("--text-layers", type=int, default=2, help="stage base: its layers")
     add("--text-len", type=int, default=64, help="stage base: tokens of a prompt at most")
     add("--drop-text", type=float, default=0.1, help="stage base: share of samples trained with the empty prompt")
-    add("--size", type=int, default=64, help="side in pixels that clips are scaled to")
-    add("--frames", type=int, default=17, help="frames of a clip, 4k+1")
+    add("--size", type=positive, default=64, help="side in pixels that clips are scaled to")
+    add("--frames", type=positive, default=17, help="frames of a clip, 4k+1")
     add_loop_flags(add)
     args = parser.parse_args(argv)
     args.vae_adapter = args.vae_adapter or str(Path(args.base) / "Wan-Alpha-v2-VAE.safetensors")
-    if not args.eval and not args.data:
-        raise ValueError("give a folder of clips to train on, or --eval")
+    check_run(args)
+    if args.dim % (2 * args.heads) or args.text_dim % 4:
+        raise ValueError(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}, --text-dim of 4")
     if args.frames % 4 != 1 or args.size % 16:
         raise ValueError(f"--frames {args.frames} must be 4k+1 and --size {args.size} a multiple of 16")
     return args

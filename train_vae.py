@@ -8,7 +8,7 @@
 RGBA stage:  z = merge(features(hard render), features(alpha));  rgb, alpha = the two decoders of z;
              L_vae = L_alpha + L_soft + L_hard + 0.1 L_TABD.
 The loop at the top (`fit`) serves train_dit.py too. Step k draws all its random numbers from one generator seeded with
-(seed, k), so a run that was stopped and resumed makes the same steps: test_resume_is_bit_equal.
+(seed, k), so a run that was stopped and resumed makes the same steps: test_all_four_trainings_resume_bit_for_bit.
 dtype rule: parameters, losses and optimiser in float32; with --bf16 the forward passes run under autocast.
 """
 
@@ -73,8 +73,24 @@ def add_loop_flags(add):
     add("--seed", type=int, default=0, help="of weights, batches and noise")
     add("--start", help="checkpoint.pt of another run whose weights this run starts from")
     add("--resume", action="store_true", help="go on from the last checkpoint of the same run")
-    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
-    add("--save-every", type=int, default=500, help="steps between checkpoints and contact sheets")
+    add("--log-every", type=positive, default=50, help="steps between lines of log.jsonl")
+    add("--save-every", type=positive, default=500, help="steps between checkpoints and contact sheets")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def check_run(args):
+    """What both trainings can tell from their arguments alone."""
+    if not args.eval and not args.data:
+        raise ValueError("give a folder of clips to train on, or --eval")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {args.device} is not to be had here; try cpu") from None
 
 
 def find_vae(base) -> Path:
@@ -115,7 +131,7 @@ def make_optimizers(module: nn.Module, args) -> list:
 
 
 def learning_rate(step: int, steps: int, lr: float, warmup: int = 100) -> float:
-    """Linear warm-up, then linear to zero at the last step."""
+    """Linear warm-up, then linear towards zero."""
     return lr * min((step + 1) / warmup, (steps - step) / steps)
 
 
@@ -141,51 +157,64 @@ def fit(args, run: Path, model: nn.Module, optimizers, steps: int, loss_fn, shee
     takes another run's weights only."""
     run.mkdir(parents=True, exist_ok=True)
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    checkpoint, start = run / "checkpoint.pt", 0
-    resume = args.resume and checkpoint.exists()
-    if resume or args.start:
-        saved = read_run(checkpoint if resume else args.start, trained)
+    checkpoint, start, rows = run / "checkpoint.pt", 0, []
+    if args.resume or args.start:
+        saved = read_run(checkpoint if args.resume else args.start, trained)
         with torch.no_grad():
             for name, value in saved["model"].items():
                 trained[name].copy_(value)
-    if resume:
+    if args.resume:
         start = saved["step"]
+        rows = [row for row in (run / "log.jsonl").read_text().splitlines() if json.loads(row)["step"] <= start]
         for optimizer, value in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(value)
+    save_text(run / "log.jsonl", "".join(row + "\n" for row in rows))
 
     def save(step):
         state = dict(step=step, model=trained, optimizers=[o.state_dict() for o in optimizers])
         with replacing(checkpoint) as temporary:
             torch.save(state, temporary)
 
-    with open(run / "log.jsonl", "a" if start else "w") as log:
-        began, sums = time.time(), {}
+    with open(run / "log.jsonl", "a") as log:
+        began, sums, count = time.time(), {}, 0
         for step in (bar := tqdm(range(start, steps), initial=start, total=steps, mininterval=5)):
             parts = loss_fn(step, step_generator(args.seed, step))
-            if not math.isfinite(parts["loss"].item()):
-                raise ValueError(f"the loss is not finite at step {step}; {checkpoint} holds the last good state, "
-                                 "try a smaller --lr")
             model.zero_grad()           # not the optimisers': Muon's hold views of the parameters
             parts["loss"].backward()
-            torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
+            if not math.isfinite(parts["loss"].item() + norm.item()):
+                good = checkpoint if checkpoint.exists() else "the start"
+                raise ValueError(f"loss or gradient is not finite at step {step}: try a smaller --lr; good is {good}")
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["scale"] * learning_rate(step, steps, args.lr)
                 optimizer.step()
             sums = {k: sums.get(k, 0) + v.item() for k, v in parts.items()}
+            count += 1
             if (step + 1) % args.log_every == 0 or step + 1 == steps:
-                count = step % args.log_every + 1
                 row = dict(step=step + 1, seconds=round(time.time() - began, 1),
                            **{k: round(v / count, 5) for k, v in sums.items()})
                 print(json.dumps(row), file=log, flush=True)
                 bar.set_postfix({k: v for k, v in row.items() if k not in ("step", "seconds")})
-                sums = {}
+                sums, count = {}, 0
             if (step + 1) % args.save_every == 0 or step + 1 == steps:
                 save(step + 1)
                 sheet_fn(run / f"sheet-{step + 1:06d}.png")
 
 
 # ---- batches
+
+
+def to_video(rgb, alpha):
+    """uint8 (t, h, w, 3), (t, h, w) -> rgb (1, 3, t, h, w) in [-1, 1], alpha (1, 1, t, h, w) in [0, 1]."""
+    return rearrange(torch.as_tensor(rgb), "t h w c -> 1 c t h w") / 127.5 - 1, torch.as_tensor(alpha)[None, None] / 255
+
+
+def to_clip(rgb, alpha=None):
+    """The way back: rgb (3, t, h, w), alpha (1, t, h, w) or None for opaque -> uint8 arrays, rounded."""
+    alpha = torch.ones_like(rgb[:1]) if alpha is None else alpha
+    pair = rearrange((rgb + 1) / 2, "c t h w -> t h w c"), alpha[0]
+    return tuple((255 * x).round().clamp(0, 255).byte().cpu().numpy() for x in pair)
 
 
 def parse_schedule(text: str) -> list[tuple[int, int, int, int]]:
@@ -263,7 +292,7 @@ def measure_statistics(vae: WanVAE, dataset, frames: int, side: int, seed: int) 
         raw = vae.moments(vae.features(video.to(vae.conv1.weight.device)))[0].double()
         total, square = total + raw.sum((0, 2, 3, 4)), square + raw.square().sum((0, 2, 3, 4))
         count += raw[:, 0].numel()
-    mean, std = total / count, (square / count - (total / count) ** 2).sqrt()
+    mean, std = total / count, (square / count - (total / count) ** 2).clamp(min=1e-8).sqrt()
     vae.config = replace(vae.config, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
     return vae
 
@@ -296,7 +325,8 @@ def rgba_step(rgba: RGBAVAE, rgb, alpha, generator, vgg=None, perceptual=0.0,
 def psnr(x, y, mask=None) -> float:
     """Peak signal-to-noise ratio in dB of uint8 arrays (peak 255), where mask is true: (t, h, w) for all channels."""
     square = (x.astype(np.float32) - y.astype(np.float32)) ** 2
-    return float(10 * np.log10(255 ** 2 / max((square if mask is None else square[mask]).mean(), 1e-3)))
+    square = square if mask is None else square[mask]
+    return float(10 * np.log10(255 ** 2 / max(square.mean(), 1e-3))) if square.size else float("nan")
 
 
 def object_region(alpha):
@@ -304,17 +334,12 @@ def object_region(alpha):
     seen = torch.as_tensor(alpha > 0).float().unsqueeze(1)
     return F.max_pool2d(seen, 5, stride=1, padding=2)[:, 0].bool().numpy()
 
-
-
 @torch.no_grad()
 def reconstruct(rgba: RGBAVAE, rgb, alpha):
-    """uint8 clip (t, h, w, 3), (t, h, w) -> the same through the autoencoder, rounded."""
-    video = rearrange(torch.as_tensor(rgb), "t h w c -> 1 c t h w") / 127.5 - 1
+    """uint8 clip (t, h, w, 3), (t, h, w) -> the same through the autoencoder."""
     device = rgba.vae.conv2.weight.device
-    z = rgba.encode(video.to(device), torch.as_tensor(alpha, device=device)[None, None] / 255)
-    rgb_hat, alpha_hat = rgba.decode(z)
-    rgb_hat = rearrange((rgb_hat + 1) * 127.5, "1 c t h w -> t h w c")
-    return tuple(x.clamp(0, 255).round().byte().cpu().numpy() for x in (rgb_hat, alpha_hat[0, 0] * 255))
+    z = rgba.encode(*(x.to(device) for x in to_video(rgb, alpha)))
+    return to_clip(*(x[0] for x in rgba.decode(z)))
 
 
 def evaluate(rgba: RGBAVAE, clips) -> list[dict]:
@@ -337,7 +362,7 @@ def print_scores(title: str, rows: list[dict]):
     print(f"\n{title}: PSNR in dB, {len(rows)} clips" + " " * 4 + "mean  lowest")
     for name in rows[0]:
         values = [float(row[name]) for row in rows]
-        print(f"  {name:<24}{np.mean(values):8.2f}{min(values):8.2f}")
+        print(f"  {name:<24}{np.nanmean(values):8.2f}{np.nanmin(values):8.2f}")
 
 
 # ---- the command
@@ -352,27 +377,31 @@ def parse_args(argv=None):
         help="RGBA autoencoder on a frozen base, or a base VAE from scratch")
     add("--base", default=str(TINY), help="checkpoint folder with the frozen base (stage rgba, --eval)")
     add("--out", default="runs/vae", help="folder that the result and the run's records go to")
-    add("--vae-adapter", help="RGBA adapter that --eval scores; default: what config.json of --base names")
+    add("--vae-adapter", help="RGBA adapter that --eval scores; default: Wan-Alpha-v2-VAE.safetensors in --base")
     add("--eval", action="store_true",
         help="score 64 unseen procedural clips, and the pictures of --stills, instead of training")
     add("--stills", help="folder of RGBA pictures that --eval scores as stills")
     add("--schedule", help="phases steps:frames:side:batch,... ; default: the paper's 75000:17:272:2 for rgba")
-    add("--rank", type=int, default=128, help="rank of the decoders' LoRA")
+    add("--rank", type=positive, default=128, help="rank of the decoders' LoRA")
     add("--perceptual", type=float, default=1.0, help="weight of the VGG term; 0 trains without it")
     add("--vgg", default="vgg16-397923af.pth", help="ImageNet weights of VGG-16 for the perceptual term")
     add("--tabd", type=float, default=0.1, help="weight of L_TABD; 0 trains without a transformer")
     add("--tabd-clamp", type=float, nargs=2, default=(-1.0, 1.0),
         help="-1 1 as in the paper, 0 1 as in the official code")
-    add("--dim", type=int, default=16, help="stage base: channels at full resolution (Wan: 96)")
-    add("--res-blocks", type=int, default=1, help="stage base: residual blocks a level (Wan: 2)")
+    add("--dim", type=positive, default=16, help="stage base: channels at full resolution (Wan: 96)")
+    add("--res-blocks", type=positive, default=1, help="stage base: residual blocks a level (Wan: 2)")
     add("--kl", type=float, default=3e-5, help="stage base: weight of the KL term")
-    add("--size", type=int, default=64, help="side in pixels that clips are scaled to")
+    add("--size", type=positive, help="side that clips are scaled to, pixels; default: the largest of --schedule; 64")
     add_loop_flags(add)
     args = parser.parse_args(argv)
-    if not args.eval and not args.data:
-        raise ValueError("give a folder of clips to train on, or --eval")
+    check_run(args)
     args.schedule = args.schedule or {"rgba": "75000:17:272:2",
                                       "base": "3000:1:40:64,1600:5:40:16,500:17:64:6"}[args.stage]
+    sides = [side for _, _, side, _ in parse_schedule(args.schedule)]
+    args.size = args.size or (64 if args.eval else max(sides))
+    step = 16 if args.stage == "rgba" and args.tabd else 8
+    if args.size % 8 or not args.eval and (max(sides) > args.size or any(side % step for side in sides)):
+        raise ValueError(f"--size {args.size} must be a multiple of 8, the schedule's sides of {step} and no larger")
     return args
 
 
@@ -411,9 +440,6 @@ def train_base(args, dataset, run: Path):
         generator = step_generator(args.seed, -2)
         video = rgb_views(*draw_clips(dataset, 4, phases[-1][1], args.size, generator), generator).to(args.device)
         result = vae.decode(vae.encode(video, chunk=None), chunk=None)
-        opaque = np.full((phases[-1][1], args.size, args.size), 255, np.uint8)
-        to_clip = lambda x: (
-            rearrange((x + 1) * 127.5, "c t h w -> t h w c").clamp(0, 255).byte().cpu().numpy(), opaque)
         contact_sheet(path, [to_clip(x) for pair in zip(video, result) for x in pair])
 
     fit(args, run, vae, make_optimizers(vae, args), sum(p[0] for p in phases), loss, sheet)

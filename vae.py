@@ -9,7 +9,7 @@ keeps the last input frames it will need again in `cache`, and the result is the
 
 Letters: b batch, c channels, t frames, h w height and width, z latent channels.
 Differs from the official code (Wan2.1 `vae.py`): the cache idiom stands once, in CausalConv3d, not at 34 places; any
-chunking is allowed, not only 1, 4, 4, ...; test_vae_parity and test_vae_streaming_is_exact pin both.
+chunking is allowed, not only 1, 4, 4, ...; test_vae_parity and test_vae_encoding_is_the_same_in_any_chunks pin both.
 Parameter names are official.
 dtype rule: activations keep the input's dtype; only a norm's mean square is taken in float32.
 """
