@@ -96,9 +96,17 @@ def decode_video(path):
     reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgba", bits_per_pixel=32, input_params=decoder)
     meta = next(reader)
     frames = [np.frombuffer(frame, np.uint8).reshape(*meta["size"][::-1], 4) for frame in reader]
-    if len(frames) < 0.8 * meta["fps"] * meta["duration"] - 2:
+    if "audio_codec" not in meta and len(frames) < 0.8 * meta["fps"] * meta["duration"] - 2:    # sound may be longer
         raise ValueError("the video is cut short")
     return frames
+
+
+def read_picture(file, i):
+    """Frame i of an open picture, uint8 (h, w, 4); of 16-bit grey, which Pillow would clip, the upper byte."""
+    if file.metadata(index=i)["mode"][0] != "I":
+        return file.read(index=i, mode="RGBA")
+    grey = file.read(index=i) >> 8
+    return np.stack([grey, grey, grey, np.full_like(grey, 255)], -1).astype(np.uint8)
 
 
 def decode_picture(path):
@@ -106,7 +114,7 @@ def decode_picture(path):
     frames, times = [], []
     with iio.imopen(path, "r", plugin="pillow") as file:
         for i in range(file.properties(index=...).n_images):
-            frames.append(file.read(index=i, mode="RGBA"))
+            frames.append(read_picture(file, i))
             times.append(round(1000 * (file.metadata(index=i, exclude_applied=False).get("duration") or 100)))
     step = np.gcd.reduce(times)
     step = step if 4 * step >= min(times) else min(times)                 # 33, 33, 34 ms is rounding, not a rate
@@ -115,8 +123,9 @@ def decode_picture(path):
 
 def decode(path):
     """All frames of a medium, uint8 (t, h, w, 4); alpha 255 where it has none. ValueError if it cannot be read."""
-    def png(file):
-        return iio.imread(file, extension=".png", plugin="pillow", index=0, mode="RGBA")
+    def png(source):
+        with iio.imopen(source, "r", extension=".png", plugin="pillow") as file:
+            return read_picture(file, 0)
 
     try:
         if path.is_dir():
@@ -124,7 +133,7 @@ def decode(path):
             frames = [png(files[name]) for name in sorted(files, key=by_number)]
         elif path.suffix.lower() == ".zip":
             with zipfile.ZipFile(path) as file:
-                names = [name for name in file.namelist() if name.lower().endswith(".png")]
+                names = [n for n in file.namelist() if n.lower().endswith(".png") and Path(n).name[0] != "."]
                 frames = [png(file.read(name)) for name in sorted(names, key=by_number)]
         else:
             frames = (decode_video if path.suffix.lower() in VIDEOS else decode_picture)(path)
@@ -223,7 +232,8 @@ def write_rgba(path, rgb, alpha=None, fps=16) -> None:
             with replacing(path / f"{i:04d}.png") as temporary:
                 temporary.write_bytes(encode_picture(frame))
         for stale in path.glob("[0-9]" * 4 + ".png"):
-            stale.unlink() if int(stale.stem) >= len(frames) else None
+            if int(stale.stem) >= len(frames):
+                stale.unlink()
         return
     with replacing(path) as temporary:
         if kind in ENCODERS:
@@ -369,7 +379,11 @@ class RGBADataset(Dataset):
 
     def caption(self, i):
         text = self.paths[i].with_name(name_of(self.paths[i]) + ".txt")
-        return text.read_text(encoding="utf-8").strip() if text.exists() else words(self.paths[i])
+        try:
+            caption = text.read_text(encoding="utf-8").strip() if text.exists() else ""
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{text} is not UTF-8; save the caption in that encoding.") from error
+        return caption or words(self.paths[i])
 
     def __getitem__(self, i):
         rgb, alpha = map(torch.from_numpy, self.clip(i))
@@ -723,6 +737,8 @@ def make_data_set(args):
         raise ValueError(f"--size {args.size} must be a positive multiple of 16.")
     if args.frames < 1 or args.frames % 4 != 1 or args.clips < 1:
         raise ValueError(f"--frames {args.frames} must be 4k+1 (1, 5, 9, ...) and --clips {args.clips} at least 1.")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed} is below 0.")
     sprites = load_sprites(args.sprites) if args.sprites else []
     record = json.dumps({k: v for k, v in vars(args).items() if k != "folder"}, indent=1)
     folder, lines = Path(args.folder), []

@@ -237,7 +237,9 @@ def open_weights(file: Path) -> safe_open:
 
 
 def read_config(path: Path, shapes: dict) -> DiTConfig:
-    """What config.json in (or beside) path says; what it leaves unsaid comes from the shapes of the tensors."""
+    """What config.json in (or beside) path says; what it leaves unsaid, and the patch size, the tensors' shapes tell.
+
+    ValueError for tensors of something else, and for sizes that are no whole numbers above 0 or do not go together."""
     try:
         dim, in_dim, *patch_size = shapes["patch_embedding.weight"]
         config = dict(dim=dim, in_dim=in_dim, patch_size=patch_size, ffn_dim=shapes["blocks.0.ffn.0.bias"][0],
@@ -249,10 +251,18 @@ def read_config(path: Path, shapes: dict) -> DiTConfig:
         raise ValueError(f"{path} is not a Wan DiT: its tensors are others") from None
     file = (path if path.is_dir() else path.parent) / "config.json"
     said = read_json(file) if file.is_file() else {}
-    config.update({f.name: said[f.name] for f in fields(DiTConfig) if f.name in said})
+    config |= {f.name: said[f.name] for f in fields(DiTConfig) if f.name in said and f.name != "patch_size"}
     if config["num_heads"] is None:
         raise ValueError(f"the number of heads of {path} is not known: put it as num_heads into {file}")
-    return DiTConfig(**config)
+    config = DiTConfig(**config)
+    sizes = {name: n for name, n in vars(config).items() if name not in ("patch_size", "eps")}
+    if wrong := {name: n for name, n in sizes.items() if type(n) is not int or n < 1}:
+        raise ValueError(f"{file}: sizes must be whole numbers above 0, but there is {wrong}")
+    if type(config.eps) not in (int, float) or not 0 < config.eps < math.inf:
+        raise ValueError(f"{file}: eps must be a number above 0, not {config.eps!r}")
+    if config.dim % (2 * config.num_heads):
+        raise ValueError(f"{file}: dim {config.dim} must be a multiple of twice num_heads, {config.num_heads}")
+    return config
 
 
 def read_deltas(file: str | Path, state: dict, scale: float) -> dict:

@@ -158,10 +158,14 @@ def adapter_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copies what `adapter_state` returned, in any dialect's names, into adapted layers. ValueError unless all fits."""
+    """Copies what `adapter_state` returned into adapted layers. ValueError unless all fits, each key once.
+
+    Names may be peft's, ComfyUI's or those with down and up; kohya's underscores and `.alpha` find no layer."""
     own = {split_key(key): (key, tensor) for key, tensor in adapter_state(module).items()}
     given = {split_key(key): (key, tensor) for key, tensor in state.items()}
-    problems = [f"{own[part][0]} is missing" for part in own.keys() - given.keys()]
+    problems = [f"{key} and {given[part][0]} are the same thing" for key in state
+                if given[part := split_key(key)][0] != key]
+    problems += [f"{own[part][0]} is missing" for part in own.keys() - given.keys()]
     problems += [f"{given[part][0]} finds no adapted layer" for part in given.keys() - own.keys()]
     problems += [f"{given[part][0]} has shape {tuple(given[part][1].shape)}, not {tuple(own[part][1].shape)}"
                  for part in own.keys() & given.keys() if own[part][1].shape != given[part][1].shape]

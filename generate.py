@@ -49,10 +49,11 @@ try:
 except ImportError:     # there is none on Windows
     resource = None
 
-WAN = dict(size=(832, 480), frames=81, fps=16, steps=4, shift=5.0, guidance=1.0, mean=0.05)
+WAN = dict(size=(832, 480), frames=81, fps=16.0, steps=4, shift=5.0, guidance=1.0, mean=0.05)
 ADAPTERS = ("vae_adapter", "dora", "distill")
 NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
             "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+NO_MEMORY = "out of memory|allocate memory|not enough memory"       # as PyTorch says it on a GPU, Linux, Windows
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "einops", "imageio", "imageio-ffmpeg")
 
 
@@ -64,15 +65,30 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     base = Path(args.base)
     if not (base / "config.json").is_file():
         raise FileNotFoundError(f"there is no {base / 'config.json'}; give --base a folder like Wan2.1-T2V-14B")
-    said = WAN | dict.fromkeys(ADAPTERS) | read_json(base / "config.json").get("generate", {})
+    said = WAN | dict.fromkeys(ADAPTERS) | read_section(base / "config.json")
     said |= {name: str(base / said[name]) for name in ADAPTERS if said[name]}
     args = argparse.Namespace(**{k: said.get(k) if v is None else v for k, v in (said | vars(args)).items()})
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     args.base, args.out = base, Path(args.out)
+    args.prompt, args.negative = clean_prompt(args.prompt), clean_prompt(args.negative)
     args.text, args.vae = (either(base, name) for name in ("models_t5_umt5-xxl-enc-bf16", "Wan2.1_VAE"))
     args.adapters = [(file, 1.0) for file in (args.dora, args.distill) if file]     # in this order: they do not commute
     return args
+
+
+def read_section(file: Path) -> dict:
+    """Section "generate" of a config.json. ValueError unless all is text or of the type that WAN shows."""
+    def alike(value, example):
+        if isinstance(example, tuple):
+            return isinstance(value, list) and len(value) == len(example) and all(map(alike, value, example))
+        return type(value) in {int: (int,), float: (int, float), str: (str, type(None))}[type(example)]
+    section = read_json(file).get("generate", {})
+    if not isinstance(section, dict):
+        raise ValueError(f'{file}: section "generate" is not an object, such as {{"size": [832, 480], "frames": 81}}')
+    if wrong := {name: value for name, value in section.items() if not alike(value, WAN.get(name, ""))}:
+        raise ValueError(f'{file}: values of section "generate" are of the wrong type: {json.dumps(wrong)}')
+    return section
 
 
 def either(folder: Path, name: str) -> Path:
@@ -85,10 +101,11 @@ def check(args: argparse.Namespace) -> None:
     """ValueError or FileNotFoundError, before any long work, for numbers out of range and for weights that do not fit:
     all models are loaded onto the meta device, where they are names and shapes."""
     raise_first([
-        (not clean_prompt(args.prompt), 'the prompt is empty; describe the clip, as in "a red glass ball bouncing"'),
+        (not args.prompt, 'the prompt is empty; describe the clip, as in "a red glass ball bouncing"'),
         (not 0 <= args.seed < 2 ** 63, f"--seed {args.seed} is not between 0 and 2^63 - 1"),
         (args.frames < 1 or args.frames % 4 != 1, f"--frames {args.frames} is not 4k+1; give 1, 5, 9, ... frames"),
         (args.steps < 1, f"--steps {args.steps} is below 1"),
+        (not 0 < args.fps < math.inf, f"{args.base / 'config.json'}: fps {args.fps} is not a finite number above 0"),
         (not 0 < args.shift < math.inf, f"--shift {args.shift} is not a finite number above 0"),
         (not math.isfinite(args.mean), f"--mean {args.mean} is not a finite number"),
         (not math.isfinite(args.guidance), f"--guidance {args.guidance} is not a finite number"),
@@ -209,12 +226,12 @@ def measured(stages: dict, name: str, device: str) -> Iterator[None]:
 
 
 def hash_weights(args: argparse.Namespace) -> dict[str, str]:
-    """SHA-256 of every file that decides what the models compute."""
+    """SHA-256 of every file that the models are made of: config.json, tokenizer, weights, adapters."""
     def digest(file):
         with open(file, "rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
-    files = [args.text, args.base / "google/umt5-xxl/tokenizer.json", *weight_files(args.base), args.vae,
-             args.vae_adapter, *(file for file, _ in args.adapters)]
+    files = [args.base / "config.json", args.base / "google/umt5-xxl/tokenizer.json", args.text,
+             *weight_files(args.base), args.vae, args.vae_adapter, *(file for file, _ in args.adapters)]
     return {str(file): digest(file) for file in files}
 
 
@@ -324,8 +341,13 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     try:
         print(generate(make_parser().parse_args(argv)))
-    except (ValueError, OSError) as error:
-        print("generate.py:", " ".join(str(error).split()), file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        sentence = " ".join(str(error).split())
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(NO_MEMORY, sentence):
+            sentence = "not enough memory; give a smaller --size or fewer --frames"
+        elif isinstance(error, RuntimeError):
+            raise
+        print("generate.py:", sentence, file=sys.stderr)
         sys.exit(2)
 
 

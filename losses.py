@@ -16,6 +16,8 @@ Differences from the official code (commit 5804410):
   (`tabd_loss(..., clamp=(0, 1))`, test_tabd_gradient_of_a_transparent_cell).
 - Edges by Sobel, as the paper says; officially by central differences
   (`edge_loss(..., operator="central")`, test_edge_loss_is_official).
+- The hard render cuts the output, too, by the target's alpha; by the formula each is cut by its own (see `rgba_loss`,
+  test_rgba_loss_ignores_colour_that_nobody_sees).
 - TABD is meant for normalised latents, which the transformer knows; officially they come as the encoder left them.
 """
 from functools import partial
@@ -108,6 +110,11 @@ def reconstruction_loss(x: Tensor, y: Tensor, vgg: nn.Module | None = None, perc
     return loss if vgg is None else loss + perceptual * vgg(x, y)
 
 
+def as_grey(alpha: Tensor) -> Tensor:
+    """alpha (b,1,t,h,w) in [0,1] as a grey video 2a - 1, (b,3,t,h,w) in [-1,1]."""
+    return (2 * alpha - 1).expand(-1, 3, -1, -1, -1)
+
+
 def rgba_loss(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor, generator: torch.Generator | None = None,
               **options) -> dict[str, Tensor]:
     """L_alpha, L_soft and L_hard of an output (rgb_hat, alpha_hat) and its target; the loss is the sum of the values.
@@ -117,9 +124,8 @@ def rgba_loss(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor, ge
     output faintly opaque everywhere would be drawn to random colours. options: those of `reconstruction_loss`.
     """
     soft, hard = random_colors(len(rgb), generator)
-    grey = lambda a: (2 * a - 1).expand(-1, 3, -1, -1, -1)
     pairs = {
-        "alpha": (grey(alpha_hat), grey(alpha)),
+        "alpha": (as_grey(alpha_hat), as_grey(alpha)),
         "soft": (soft_render(rgb_hat, alpha_hat, soft), soft_render(rgb, alpha, soft)),
         "hard": (hard_render(rgb_hat, alpha, hard), hard_render(rgb, alpha, hard)),
     }

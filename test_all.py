@@ -18,16 +18,19 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 import zlib
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
@@ -466,7 +469,8 @@ def test_dora_state_loads_back_strictly(kind):
     assert torch.equal(other(x), adapted(x))
     key = next(iter(state))
     fewer = {k: tensor for k, tensor in state.items() if k != key}
-    for bad in (fewer, state | {"1.lora_A.weight": x}, state | {key: state[key][:1]}):
+    twice = state | {key.replace(".default", ""): state[key]}
+    for bad in (fewer, twice, state | {"1.lora_A.weight": x}, state | {key: state[key][:1]}):
         with pytest.raises(ValueError, match="lora_A"):
             load_adapter_state(other, bad)
 
@@ -816,6 +820,19 @@ def test_dit_config_comes_from_the_tensors_where_no_file_says_it(tmp_path):
         load_dit(tmp_path / "tiny")
 
 
+def test_dit_config_of_impossible_numbers_is_refused(tmp_path):
+    path = dit_folder(tmp_path / "tiny") / "config.json"
+    said = json.loads(path.read_text())
+    for wrong in (dict(num_heads=0), dict(num_heads=5), dict(num_heads=16), dict(num_heads=True), dict(dim="48"),
+                  dict(text_len=None), dict(ffn_dim=-1), dict(num_layers=2.0), dict(eps="1e-6"), dict(eps=0)):
+        path.write_text(json.dumps(said | wrong))
+        with pytest.raises(ValueError, match=f"config.json.*{next(iter(wrong))}") as error:
+            load_dit(tmp_path / "tiny")
+        assert "\n" not in str(error.value)
+    path.write_text(json.dumps(said | dict(patch_size=2)))              # the tensors know better
+    assert load_dit(tmp_path / "tiny").config == DIT_TINY
+
+
 def test_dit_merges_adapters_in_order_while_loading(tmp_path):
     folder, (dora, distill) = dit_folder(tmp_path / "tiny", shards=2), block_adapters(tmp_path)
     inputs = dit_inputs()
@@ -985,6 +1002,7 @@ def test_clean_prompt():
     assert clean_prompt("  a  red\n\tball ") == "a red ball"
     assert clean_prompt("salt &amp;amp; pepper &lt;b&gt; &amp;quot;x&amp;quot;") == 'salt & pepper <b> "x"'
     assert clean_prompt("\u201cit\u2019s\u201d glass") == '"it\'s" glass'
+    assert clean_prompt("a \udce9 ball") == "a ? ball"                 # what a shell makes of invalid UTF-8
     assert clean_prompt("\uff21\uff11\uff0c\u3000\u900f\u660e") == "A1, \u900f\u660e"
     assert clean_prompt("\u8272\u8c03\u8273\u4e3d \U0001f98a\u200d\U0001f525 caf\u00e9 \u00bd") == \
         "\u8272\u8c03\u8273\u4e3d \U0001f98a\u200d\U0001f525 caf\u00e9 \u00bd"     # what NFKC would change stays
@@ -1325,8 +1343,9 @@ def test_euler_is_official():
 def test_unipc_is_official(steps):
     times, sigmas = [], official[f"unipc{steps}.sigmas"]
     model = lambda x, t: times.append(t.item()) or toy(x, t)
-    close(last(unipc(model, named("toy.noise", (1, 16, 3, 4, 6)), steps)), official[f"toy.unipc{steps}"])
-    assert times == official[f"unipc{steps}.timesteps"].tolist()
+    for levels in (steps, sigmas):
+        close(last(unipc(model, named("toy.noise", (1, 16, 3, 4, 6)), levels)), official[f"toy.unipc{steps}"])
+    assert times == 2 * official[f"unipc{steps}.timesteps"].tolist()
     assert torch.allclose(shifted_sigmas(steps, start=0.999), sigmas, atol=1e-6)
 
 
@@ -1405,6 +1424,15 @@ def test_ellipse_of_few_cells_is_their_box():
     assert fit_ellipse(cells) is None
     cells[2, 3] = cells[2, 7] = cells[3, 5] = 1
     assert fit_ellipse(cells) == (5.0, 2.5, 2.0, 1.0, 0.0)
+
+
+def test_a_thin_object_has_an_ellipse():
+    cells = torch.zeros(8, 12).double()
+    cells[2, 3:8] = 0.25
+    x, y, *_ = fit_ellipse(cells)
+    assert (x, y) == (5, 2)
+    cells[4, 3:8] = 0.5  # where a cell is fuller than that, 0.25 no longer counts
+    assert fit_ellipse(cells)[1] == 4
 
 
 @pytest.mark.parametrize("a, b, degrees, rows", [
@@ -1707,6 +1735,40 @@ def test_frames_shown_longer_come_back_more_often(tmp_path):
     assert len(read_rgba(tmp_path / "b.png")[1]) == 4
 
 
+def test_png_of_every_mode_reads_as_eight_bits(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    write = functools.partial(iio.imwrite, plugin="pillow")
+    write(tmp_path / "deep.png", grey[0].astype(np.uint16) * 257)
+    write(tmp_path / "flat.png", grey[0])
+    Image.fromarray(grey[0]).convert("P").save(tmp_path / "palette.png")
+    write(tmp_path / "keyed.png", grey[0], transparency=7)
+    write(tmp_path / "pair.png", np.stack([grey[0], 255 - grey[0]], -1), mode="LA")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/0.png").write_bytes((tmp_path / "deep.png").read_bytes())
+    transparency = {"keyed.png": np.where(grey == 7, 0, 255), "pair.png": 255 - grey}
+    for name in ("deep.png", "flat.png", "palette.png", "keyed.png", "pair.png", "folder"):
+        rgb, alpha = read_rgba(tmp_path / name)
+        assert np.array_equal(rgb, np.stack([grey] * 3, -1)), name
+        assert np.array_equal(alpha, transparency.get(name, np.full_like(grey, 255))), name
+
+
+def test_hidden_files_of_a_zip_are_no_frames(tmp_path):
+    clip = procedural_clip(1, size=16, frames=2)
+    write_rgba(tmp_path / "clip.zip", clip.rgb, clip.alpha)
+    with zipfile.ZipFile(tmp_path / "clip.zip", "a") as file:
+        file.writestr("__MACOSX/._0000.png", b"no picture")
+    assert np.array_equal(read_rgba(tmp_path / "clip.zip")[1], clip.alpha)
+
+
+def test_a_video_may_be_shorter_than_its_sound(tmp_path):
+    clip = procedural_clip(1, size=32, frames=8)
+    write_rgba(tmp_path / "mute.mp4", clip.rgb)
+    command = "-f lavfi -i anullsrc=r=8000:cl=mono -t 3 -c:v copy -c:a aac"
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", tmp_path / "mute.mp4", *command.split(),
+                    tmp_path / "sound.mp4"], check=True)
+    assert len(read_rgba(tmp_path / "sound.mp4")[1]) == 8
+
+
 def test_a_matte_beside_a_clip_is_its_alpha(tmp_path):
     clip = procedural_clip(4, frames=5, two=0)
     write_rgba(tmp_path / "x.mp4", clip.rgb)
@@ -1749,11 +1811,13 @@ def test_wrong_arguments_exit_with_2_and_a_sentence(tmp_path, capsys):
     (tmp_path / "opaque").mkdir()
     iio.imwrite(tmp_path / "opaque/a.png", np.zeros((8, 8, 3), np.uint8))
     for arguments, word in ((["x", "--size=60"], "16"), (["x", "--frames=16"], "4k+1"), (["x", "--clips=0"], "--clips"),
+                            (["x", "--clips=1", "--seed=-1"], "--seed"),
                             (["file/x"], "cannot write"), (["x", f"--sprites={tmp_path}/opaque"], "transparency")):
         with pytest.raises(SystemExit) as stop:
             data.main([str(tmp_path / arguments[0]), *arguments[1:]])
         message = capsys.readouterr().err
         assert stop.value.code == 2 and word in message and message.count("\n") == 1
+    assert not (tmp_path / "x").exists()
 
 
 # ---- pixels, data set, cache
@@ -1797,6 +1861,16 @@ def test_dataset_items_have_the_ranges_of_the_models(tmp_path):
     assert frugal[0]["alpha"].shape[1] == 3 and not frugal.kept and len(samples.kept) == 3
 
 
+def test_a_caption_is_utf_8_or_the_words_of_the_name(tmp_path):
+    write_rgba(tmp_path / "red_ball.png", *(k[:1] for k in (procedural_clip(0).rgb, procedural_clip(0).alpha)))
+    for content, caption in ((b"", "red ball"), (b" \n", "red ball"), ("Bällchen\n".encode(), "Bällchen")):
+        (tmp_path / "red_ball.txt").write_bytes(content)
+        assert RGBADataset(tmp_path).caption(0) == caption
+    (tmp_path / "red_ball.txt").write_bytes("Bällchen".encode("latin-1"))
+    with pytest.raises(ValueError, match="red_ball.txt is not UTF-8"):
+        RGBADataset(tmp_path).caption(0)
+
+
 def test_resizing_weighs_colour_by_alpha(tmp_path):
     y, x = np.mgrid[:90, :120] + 0.5
     alpha = (255 * (np.hypot(x - 60, y - 45) < 30)).astype(np.uint8)[None]
@@ -1833,7 +1907,7 @@ def test_the_figure_shows_colour_and_alpha(tmp_path, monkeypatch, capsys):
 # ---- training
 
 
-SMALL = ["--size", "32", "--seed", "3", "--save-every", "2", "--log-every", "1", "--lr", "1e-3"]
+SMALL = ["--size", "32", "--seed", "3", "--save-every", "2", "--log-every", "1", "--lr", "1e-3", "--muon"]
 
 
 def trained_folder(folder):
@@ -1947,12 +2021,15 @@ def test_flow_step_draws_the_shifted_noise():
 
 
 @pytest.mark.parametrize("script, arguments, sentence", [
-    (train_vae, ["nowhere"], "nowhere"),
+    (train_vae, ["nowhere", "--schedule", "9:5:32:2"], "nowhere"),
     (train_vae, [], "give a folder"),
-    (train_vae, ["{data}", "--schedule", "10:4:64:2"], "4k\\+1"),
-    (train_vae, ["{data}", "--base", "nowhere", "--perceptual", "0"], "nowhere"),
-    (train_vae, ["{data}", "--vgg", "nowhere.pth"], "nowhere.pth.*--perceptual 0"),
+    (train_vae, ["{data}", "--schedule", "10:4:32:2"], "4k\\+1"),
+    (train_vae, ["{data}", "--base", "nowhere", "--perceptual", "0", "--schedule", "9:5:32:2"], "nowhere"),
+    (train_vae, ["{data}", "--vgg", "nowhere.pth", "--schedule", "9:5:32:2"], "nowhere.pth.*--perceptual 0"),
     (train_vae, ["{data}", "--stage", "base", "--schedule", "1:1:16:1", "--start", "{data}/0.apng"], "0.apng is not a checkpoint"),
+    (train_vae, ["{data}", "--schedule", "9:5:64:2", "--perceptual", "0"], "--size 32 must be"),
+    (train_vae, ["{data}", "--device", "cuda:99"], "cuda:99 is not to be had"),
+    (train_dit, ["{data}", "--stage", "base", "--dim", "50"], "--dim 50"),
     (train_dit, ["{data}", "--frames", "16"], "4k\\+1"),
     (train_dit, ["{data}", "--base", "nowhere"], "nowhere")])
 def test_trainings_refuse_wrong_input_in_one_sentence(script, arguments, sentence, tmp_path, capsys):
@@ -2206,7 +2283,7 @@ def test_generate_records_the_run():
     assert run["versions"]["torch"] == torch.__version__ and run["versions"]["python"] == sys.version.split()[0]
     assert list(run["stages"]) == ["text", "transformer", "decode", "write"]
     assert all(stage["seconds"] >= 0 and stage["host_mib"] > 50 for stage in run["stages"].values())
-    hashes = {str(base() / name): hashlib.sha256((base() / name).read_bytes()).hexdigest() for name in BASE_FILES[1:]}
+    hashes = {str(base() / name): hashlib.sha256((base() / name).read_bytes()).hexdigest() for name in BASE_FILES}
     assert run["weights"] == hashes
 
 
@@ -2344,6 +2421,31 @@ def test_broken_base_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
     (folder / "config.json").write_text(json.dumps({**config, "text_dim": 48}))
     assert "text_embedding" in fails(capsys, *command)
     assert not (tmp_path / "out").exists()
+
+
+def test_generate_section_of_the_wrong_type_is_one_sentence(tmp_path, capsys):
+    for section in ([], None, {"frames": "17"}, {"size": [64]}, {"size": 64}, {"size": ["64", 64]}, {"frames": 5.0},
+                    {"mean": None}, {"shift": True}, {"dora": 3}):
+        (tmp_path / "config.json").write_text(json.dumps({"generate": section}))
+        assert "config.json: " in fails(capsys, "ball", "--base", tmp_path), section
+
+
+def test_too_little_memory_is_one_sentence(monkeypatch, capsys):
+    def run_out(args):
+        raise error
+    monkeypatch.setattr(generate, "generate", run_out)
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")):
+        assert "smaller --size" in fails(capsys, "ball")
+    for error in (RuntimeError("shapes differ"), RuntimeError("CUDA error: an illegal memory access was met")):
+        with pytest.raises(RuntimeError):
+            generate.main(["ball"])
+
+
+def test_prompt_of_invalid_utf_8_has_a_name_and_a_record():
+    args = settled("a \udce9 ball", "--negative", "\udce9")
+    assert generate.folder_name(args.prompt, 0) == "a-ball-0"
+    assert json.dumps([args.prompt, args.negative], ensure_ascii=False).encode() == b'["a ? ball", "?"]'
 
 
 def test_folder_names():

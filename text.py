@@ -158,9 +158,11 @@ FULL_WIDTH = {full: full - 0xFEE0 for full in range(0xFF01, 0xFF5F)} | {0x3000: 
 
 def clean_prompt(text: str) -> str:
     """Resolves HTML entities (twice: "&amp;quot;"), straightens curly quotes and full-width forms, joins white space.
+    Characters that UTF-8 cannot hold, which a shell makes of broken input, become "?".
 
     The official code runs ftfy, which would also mend wrongly decoded text; NFKC would change more than ftfy does.
     """
+    text = text.encode("utf-8", "replace").decode()
     text = html.unescape(html.unescape(text)).translate(CURLY | FULL_WIDTH)
     return " ".join(text.split())
 
