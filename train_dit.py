@@ -386,14 +386,15 @@ def ellipse_control(dit, rgba, text, args, prompts) -> dict:
 
 
 def run_eval(args):
-    """Tables on stdout; the clips of the first prompts as OUT/eval.png."""
+    """Tables on stdout; the clips of the first ten prompts as OUT/eval.png."""
     text = load_text_encoder(args.base)
     dit = load_dit(args.base, [(args.dora or Path(args.base) / "t2v.safetensors", 1.0)], device=args.device)
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
     prompts = unseen_prompts(200)
     clips, rows = evaluate(dit, rgba, text, args, prompts)
-    contact_sheet(Path(args.out) / "eval.png", clips[:24])
-    print(f"{len(prompts)} unseen prompts, 4 Euler steps, shift {args.shift}, mean {args.mean}\n{score_table(rows)}")
+    contact_sheet(Path(args.out) / "eval.png", clips[:10])
+    print("eval.png shows:", *(prompt for prompt, _ in prompts[:10]), sep="\n  ")
+    print(f"\n{len(prompts)} unseen prompts, 4 Euler steps, shift {args.shift}, mean {args.mean}\n{score_table(rows)}")
     for steps in (1, 2, 8, 20):
         print(f"\n{steps} steps\n{score_table(evaluate(dit, rgba, text, args, prompts, steps)[1])}")
     print(f"\n4 steps, mean shift off\n{score_table(evaluate(dit, rgba, text, args, prompts, mean=0.0)[1])}")
