@@ -390,7 +390,7 @@ def run_eval(args):
     text = load_text_encoder(args.base)
     dit = load_dit(args.base, [(args.dora or Path(args.base) / "t2v.safetensors", 1.0)], device=args.device)
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
-    prompts = unseen_prompts(200)
+    prompts = unseen_prompts(args.prompts)
     clips, rows = evaluate(dit, rgba, text, args, prompts)
     contact_sheet(Path(args.out) / "eval.png", clips[:10])
     print("eval.png shows:", *(prompt for prompt, _ in prompts[:10]), sep="\n  ")
@@ -398,7 +398,7 @@ def run_eval(args):
     for steps in (1, 2, 8, 20):
         print(f"\n{steps} steps\n{score_table(evaluate(dit, rgba, text, args, prompts, steps)[1])}")
     print(f"\n4 steps, mean shift off\n{score_table(evaluate(dit, rgba, text, args, prompts, mean=0.0)[1])}")
-    for name, value in ellipse_control(dit, rgba, text, args, prompts[:60]).items():
+    for name, value in ellipse_control(dit, rgba, text, args, prompts[:20]).items():
         print(f"correlation of the ellipse's {name} with the object's: {value:.2f}")
 
 
@@ -418,7 +418,8 @@ def parse_args(argv=None):
     add("--out", default="runs/dit", help="folder that the result and the run's records go to")
     add("--cache", default="runs/cache",
         help="folder of encoded latents, reused where nothing they depend on has changed")
-    add("--eval", action="store_true", help="score 200 unseen prompts instead of training")
+    add("--eval", action="store_true", help="score unseen prompts instead of training")
+    add("--prompts", type=positive, default=200, help="how many unseen prompts --eval scores")
     add("--steps", type=positive, default=1750, help="training steps")
     add("--batch", type=positive, default=8, help="clips a step")
     add("--rank", type=positive, default=32, help="rank of the DoRA; its scale is 1")
