@@ -1,6 +1,7 @@
 """Tests that read like the specification: parity with the official numbers, properties, learning, resume, wrong input.
 
-`official` holds what the official code (commit 5804410) returned for small models whose weights `named` rebuilds from their names.
+`official` holds what the official code (commit 5804410) returned for small models, whose weights `named` rebuilds from
+their names.
 """
 
 import copy
@@ -101,7 +102,8 @@ def tiny_vae():
 
 
 def official_videos():
-    return smooth_video("vae_tiny.rgb", (1, 3, 9, 32, 48)), smooth_video("vae_tiny.alpha", (1, 1, 9, 32, 48)).repeat(1, 3, 1, 1, 1)
+    rgb, alpha = (smooth_video(f"vae_tiny.{name}", (1, c, 9, 32, 48)) for name, c in (("rgb", 3), ("alpha", 1)))
+    return rgb, alpha.repeat(1, 3, 1, 1, 1)
 
 
 def official_adapter(vae, rank=4):
@@ -149,7 +151,7 @@ def test_vae_is_causal():
 
 
 def test_vae_memory_does_not_grow_with_the_clip():
-    """What a streamed decoding keeps between two pieces, weights and output aside, is the cache: as large after 3 as after 12 latent frames."""
+    """What a streamed decoding keeps between two pieces is the cache: as large after 3 as after 12 latent frames."""
     def kept(t):
         vae, cache = tiny_vae(), {}
         for frame in named("memory", (1, 16, t, 2, 2)).split(1, dim=2):
@@ -221,7 +223,8 @@ def test_rgba_streaming_is_exact():
     vae = tiny_vae()
     middle = FeatureMerge(64, 16, 32)
     middle.load_state_dict(named_like(middle, "middle."))
-    rgba, rgb, alpha = RGBAVAE(vae, middle), named("rgb", (1, 3, 17, 16, 16)), named("alpha", (1, 1, 17, 16, 16)).sigmoid()
+    rgba, rgb = RGBAVAE(vae, middle), named("rgb", (1, 3, 17, 16, 16))
+    alpha = named("alpha", (1, 1, 17, 16, 16)).sigmoid()
     with torch.no_grad():
         close(rgba.encode(rgb, alpha, chunk=8), rgba.encode(rgb, alpha, chunk=None), 1e-5)
 
@@ -243,7 +246,8 @@ def test_decoder_bin_decodes_only_and_frozen_copies_are_skipped(tmp_path):
     rgba = load_rgba_vae(tmp_path / "v.pth", tmp_path / "decoder.bin")
     with pytest.raises(ValueError, match="decoders only"):
         rgba.encode(torch.zeros(1, 3, 1, 16, 16), torch.zeros(1, 1, 1, 16, 16))
-    frozen = {"vae_fgr.decoder.conv1.conv3D.base_layer.weight": torch.zeros(3), "vae_pha.encoder.conv1.weight": torch.zeros(3)}
+    copies = ("vae_fgr.decoder.conv1.conv3D.base_layer.weight", "vae_pha.encoder.conv1.weight")
+    frozen = {name: torch.zeros(3) for name in copies}
     torch.save(adapter | frozen, tmp_path / "VAE.bin")
     z = named("z", (1, 16, 1, 2, 2))
     assert torch.equal(load_rgba_vae(tmp_path / "v.pth", tmp_path / "VAE.bin").decode(z)[0], rgba.decode(z)[0])
@@ -1911,7 +1915,7 @@ SMALL = ["--size", "32", "--seed", "3", "--save-every", "2", "--log-every", "1",
 
 
 def trained_folder(folder):
-    """The four trainings, two or four steps each at the smallest size, as the README has them: a whole checkpoint folder."""
+    """The four trainings, four steps each at the smallest size: a whole checkpoint folder."""
     data, out = str(folder / "data"), str(folder / "base")
     assert run_command("data.py", data, "--clips", "3", "--size", "32", "--frames", "5") == 0
     steps = {"vae-base": ["--stage", "base", "--schedule", "2:1:16:2,2:5:32:1", "--dim", "8"],
@@ -1928,7 +1932,8 @@ def trained_folder(folder):
 
 
 def run_command(script, *arguments):
-    return subprocess.run([sys.executable, ROOT / script, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, ROOT / script, *arguments], env=environment).returncode
 
 
 def test_all_four_trainings_resume_bit_for_bit(tmp_path, monkeypatch):
@@ -1993,7 +1998,8 @@ def test_rgba_step_learns_and_leaves_the_base_alone():
 
 def test_muon_moves_kernels_as_matrices():
     """A kernel and the same numbers as a matrix take the same step."""
-    kernel, matrix = (torch.nn.Parameter(named("kernel", (16, 2, 3, 3)).reshape(shape)) for shape in ((16, 2, 3, 3), (16, 18)))
+    shapes = (16, 2, 3, 3), (16, 18)
+    kernel, matrix = (torch.nn.Parameter(named("kernel", shapes[0]).reshape(shape)) for shape in shapes)
     for p in (kernel, matrix):
         module = torch.nn.ParameterList([p, torch.nn.Parameter(torch.ones(1))])
         _, muon = train_vae.make_optimizers(module, Namespace(lr=0.1, muon=True, lora_plus=1))
@@ -2026,7 +2032,8 @@ def test_flow_step_draws_the_shifted_noise():
     (train_vae, ["{data}", "--schedule", "10:4:32:2"], "4k\\+1"),
     (train_vae, ["{data}", "--base", "nowhere", "--perceptual", "0", "--schedule", "9:5:32:2"], "nowhere"),
     (train_vae, ["{data}", "--vgg", "nowhere.pth", "--schedule", "9:5:32:2"], "nowhere.pth.*--perceptual 0"),
-    (train_vae, ["{data}", "--stage", "base", "--schedule", "1:1:16:1", "--start", "{data}/0.apng"], "0.apng is not a checkpoint"),
+    (train_vae, ["{data}", "--stage", "base", "--schedule", "1:1:16:1", "--start", "{data}/0.apng"],
+     "0.apng is not a checkpoint"),
     (train_vae, ["{data}", "--schedule", "9:5:64:2", "--perceptual", "0"], "--size 32 must be"),
     (train_vae, ["{data}", "--device", "cuda:99"], "cuda:99 is not to be had"),
     (train_dit, ["{data}", "--stage", "base", "--dim", "50"], "--dim 50"),
@@ -2507,9 +2514,10 @@ def test_every_leaf_runs_by_itself(tmp_path):
 
 
 def test_embedded_model_shows_what_unseen_prompts_say():
-    """Far below the scores in the README, far above chance: wrong weights, swapped decoders or lost mean and deviation fail here."""
+    """Below the scores in the README, far above chance: wrong weights, swapped decoders, a lost mean fail here."""
     tiny = ROOT / "tiny"
-    text, rgba = load_text_encoder(tiny), load_rgba_vae(tiny / "Wan2.1_VAE.safetensors", tiny / "Wan-Alpha-v2-VAE.safetensors")
+    text = load_text_encoder(tiny)
+    rgba = load_rgba_vae(tiny / "Wan2.1_VAE.safetensors", tiny / "Wan-Alpha-v2-VAE.safetensors")
     dit = load_dit(tiny, [(tiny / "t2v.safetensors", 1.0)])
     args = Namespace(size=64, frames=17, mean=0.05, shift=5.0, seed=0, device="cpu")
     _, rows = train_dit.evaluate(dit, rgba, text, args, train_dit.unseen_prompts(12, seed=1))
