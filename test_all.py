@@ -1919,8 +1919,8 @@ def trained_folder(folder):
     data, out = str(folder / "data"), str(folder / "base")
     assert run_command("data.py", data, "--clips", "3", "--size", "32", "--frames", "5") == 0
     steps = {"vae-base": ["--stage", "base", "--schedule", "2:1:16:2,2:5:32:1", "--dim", "8"],
-             "dit-base": ["--stage", "base", "--steps", "4", "--batch", "2", "--dim", "24", "--heads", "2", "--layers", "1",
-                          "--text-dim", "16", "--text-layers", "1", "--text-len", "48", "--frames", "5"],
+             "dit-base": ["--stage", "base", "--steps", "4", "--batch", "2", "--dim", "24", "--heads", "2",
+                          "--layers", "1", "--text-dim", "16", "--text-layers", "1", "--text-len", "48", "--frames", "5"],
              "vae-rgba": ["--schedule", "4:5:32:1", "--rank", "2", "--perceptual", "0"],
              "dit-rgba": ["--steps", "4", "--batch", "2", "--rank", "2", "--frames", "5"]}
     commands = {}

@@ -2,7 +2,9 @@
 
     python data.py data/ --clips 2000
     python train_vae.py data/ --stage base --out base       # what Wan2.1's VAE is to Wan-Alpha
-    python train_vae.py data/ --base base --out base        # merge block and two LoRA decoders (paper, section 3.2)
+    python train_dit.py data/ --stage base --base base --out base       # L_TABD needs its transformer
+    python train_vae.py data/ --base base --out base --schedule 1000:17:64:4 --perceptual 0
+                                                            # merge block and two LoRA decoders (paper, section 3.2)
     python train_vae.py --eval --base base                  # scores on unseen clips
 
 RGBA stage:  z = merge(features(hard render), features(alpha));  rgb, alpha = the two decoders of z;
