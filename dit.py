@@ -16,6 +16,7 @@ float64 (test_dit_equals_official).
 """
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dora import merge_tensor, parse_adapter, read_adapter
+from dora import Delta, merge_tensor, parse_adapter, read_adapter, read_delta
 
 
 @dataclass
@@ -220,7 +221,10 @@ def read_json(path: Path) -> dict:
 def weight_files(path: Path) -> list[Path]:
     index = path / "diffusion_pytorch_model.safetensors.index.json"
     if index.is_file():
-        files = sorted({path / name for name in read_json(index).get("weight_map", {}).values()})
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{index} names no shards: download it again")
+        files = sorted({path / name for name in names.values()})
     else:
         files = [path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path]
     for file in files:
@@ -265,21 +269,21 @@ def read_config(path: Path, shapes: dict) -> DiTConfig:
     return config
 
 
-def read_deltas(file: str | Path, state: dict, scale: float) -> dict:
-    adapter = read_adapter(file)
+def read_deltas(file: str | Path, state: dict, scale: float) -> dict[str, Delta]:
+    """What an adapter does to the tensors of `state`, by their names; its own are left in the file, for `read_delta`.
+    ValueError unless names and shapes fit."""
+    adapter = read_adapter(file, device="meta")
     try:
         return parse_adapter(adapter, state, scale)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def load_dit(path: str | Path, adapters=(), dtype: torch.dtype = torch.float32, device="cpu") -> WanDiT:
-    """A WanDiT from a checkpoint folder (config.json; one file, or shards and their index) or one .safetensors file.
+def open_dit(path: str | Path, adapters=()) -> tuple[WanDiT, Iterator[tuple[str, Tensor]]]:
+    """A checkpoint's model on the meta device (names and shapes), and its tensors one by one under the same names, as
+    stored or, where an adapter changes them, merged in float32. For loaders that place them in their own way.
 
-    adapters: (file, scale) each, LoRA or DoRA in any dialect, merged in this order, in float32, before the cast.
-    Tensor by tensor, so little more memory is used than the model's own: a file mapped anew each time gives its pages
-    back, and places that are all made before the first merge leave no gaps between them.
-    FileNotFoundError: a file is missing. ValueError: one is broken or no Wan DiT, or keys do not fit (ten are listed).
+    path, adapters and errors as in `load_dit`; the errors come at once, before the first tensor is read.
     """
     path, files, shapes = Path(path), {}, {}
     for file in weight_files(path):
@@ -294,14 +298,36 @@ def load_dit(path: str | Path, adapters=(), dtype: torch.dtype = torch.float32, 
              for name in expected | shapes if expected.get(name) != shapes.get(name)]
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} tensors do not fit the config: " + "; ".join(wrong[:10]))
-    deltas = [read_deltas(file, state, scale) for file, scale in adapters]
-    dtypes = {name: torch.float32 if any(part in name for part in FLOAT32) else dtype for name in state}
-    state = {name: torch.empty(shapes[name], dtype=dtypes[name], device=device) for name in state}
-    for name, place in state.items():
-        tensor = open_weights(files[name]).get_tensor(name)
-        for delta in deltas:
-            tensor = merge_tensor(tensor.float(), delta[name]) if name in delta else tensor
-        place.copy_(tensor)
+    adapters = [(file, read_deltas(file, state, scale)) for file, scale in adapters]
+
+    def read(name):
+        tensor = open_weights(files[name]).get_tensor(name)     # mapped anew each time, a file gives its pages back
+        for file, deltas in adapters:
+            if name in deltas:
+                tensor = merge_tensor(tensor.float(), read_delta(deltas[name], file))
+        return tensor
+    return model, ((name, read(name)) for name in state)
+
+
+def resident_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a parameter of this name is held in, in a model of `dtype`."""
+    return torch.float32 if any(part in name for part in FLOAT32) else dtype
+
+
+def load_dit(path: str | Path, adapters=(), dtype: torch.dtype = torch.float32, device="cpu") -> WanDiT:
+    """A WanDiT from a checkpoint folder (config.json; one file, or shards and their index) or one .safetensors file.
+
+    adapters: (file, scale) each, LoRA or DoRA in any dialect, merged in this order, in float32, before the cast.
+    Tensor by tensor, so little more memory is used than the model's own; places that are all made before the first
+    merge leave no gaps between them.
+    FileNotFoundError: a file is missing. ValueError: one is broken or no Wan DiT, or keys do not fit (ten are listed).
+    """
+    model, tensors = open_dit(path, adapters)
+    state = {name: torch.empty(p.shape, dtype=resident_dtype(name, dtype), device=device)
+             for name, p in model.state_dict().items()}
+    for name, tensor in tensors:
+        state[name].copy_(tensor)
+        del tensor                  # or it would stay until the next one is read and merged
     model.load_state_dict(state, assign=True)
     return model
 

@@ -14,6 +14,8 @@ dtype rule: as in vae.py; everything keeps the input's dtype.
 """
 
 import copy
+import re
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -59,7 +61,9 @@ class FeatureMerge(nn.Module):
 
 class RGBAVAE(nn.Module):
     """vae: the base, whose encoder is used; middle: the merge block or None (decode only);
-    vae_fgr, vae_pha: decoders of RGB, alpha."""
+    vae_fgr, vae_pha: decoders of RGB, alpha; skipped: tensors of the adapter file that nobody needs."""
+
+    skipped = 0
 
     def __init__(self, vae: WanVAE, middle: FeatureMerge | None = None):
         super().__init__()
@@ -110,35 +114,64 @@ class RGBAVAE(nn.Module):
         return state
 
 
-def split_adapter(state: dict, path) -> tuple[dict, dict, dict]:
-    """Merge block, RGB and alpha decoder's LoRA of a decoder.bin or *-VAE.bin. The frozen base weights that the latter
-    repeats (peft's `.base_layer.`, encoders, conv1, conv2) are skipped by name; any other key is an error."""
-    parts, unknown = dict(middle={}, vae_fgr={}, vae_pha={}), []
+def adapter_part(key: str) -> str:
+    """What a key of a Wan-Alpha VAE adapter belongs to: "middle", the merge block; "vae_fgr" or "vae_pha", a decoder's
+    LoRA; "skipped", buffers of losses and the frozen base weights that *-VAE.bin repeats (encoders, conv1, conv2, what
+    of a decoder has no LoRA, and, where it has one, peft's `.base_layer.`); "" if it is none of these."""
+    branch, _, name = key.partition(".")
+    if branch == "middle" or (branch in ("vae_fgr", "vae_pha") and ".lora_" in name):
+        return branch
+    frozen = branch in ("vae_fgr", "vae_pha") and name.startswith(("encoder.", "decoder.", "conv1.", "conv2."))
+    return "skipped" if frozen or re.search("loss|lpips|vgg", branch) else ""
+
+
+def split_adapter(state: dict, path) -> dict[str, dict]:
+    """The tensors of such an adapter by `adapter_part`, the part's name taken off the keys but for skipped ones."""
+    parts = {name: {} for name in ("middle", "vae_fgr", "vae_pha", "skipped", "")}
     for key, value in state.items():
-        branch, _, name = key.partition(".")
-        if branch == "middle" or (branch in parts and ".lora_" in name):
-            parts[branch][name] = value
-        elif not (branch in parts and name.startswith(("encoder.", "decoder.", "conv1.", "conv2."))):
-            unknown.append(key)
-    if unknown or not parts["vae_fgr"] or not parts["vae_pha"]:
+        part = adapter_part(key)
+        parts[part][key.removeprefix(part + ".")] = value
+    if parts[""] or not parts["vae_fgr"] or not parts["vae_pha"]:
+        one = "; of two decoders merged already give both files, RGB first" * ("decoder.conv1.weight" in state)
         raise ValueError(f"{path} is not a Wan-Alpha VAE adapter: it needs vae_fgr.* and vae_pha.* LoRA keys"
-                         + (f" and has {', '.join(unknown[:10])}" if unknown else ""))
-    return tuple(parts.values())
+                         + (f" and has {', '.join([*parts['']][:10])}" if parts[""] else "") + one)
+    return parts
 
 
 def load_rgba_vae(vae_path, adapter_path, dtype=torch.float32, device="cpu") -> RGBAVAE:
-    """Base VAE file plus adapter: decoder.bin (decode only), *-VAE.bin, or what train_vae.py wrote.
-    LoRA is merged in float32."""
+    """Base VAE file plus adapter: decoder.bin (decode only), *-VAE.bin, or what train_vae.py wrote; LoRA is merged in
+    float32. Or, in place of an adapter, two whole VAEs whose decoders are merged already, RGB first (decode only):
+    ComfyUI's wan_alpha_2.1_vae_rgb_channel.safetensors and wan_alpha_2.1_vae_alpha_channel.safetensors.
+    ValueError if something does not fit."""
     vae = load_vae(vae_path, dtype=torch.float32)
-    middle_state, *loras = split_adapter(read_checkpoint(adapter_path)[0], adapter_path)
-    rgba = RGBAVAE(vae, load_middle(middle_state, adapter_path) if middle_state else None)
-    for branch, lora in zip((rgba.vae_fgr, rgba.vae_pha), loras):
+    files = [adapter_path] if isinstance(adapter_path, (str, Path)) else list(adapter_path)
+    if len(files) not in (1, 2):
+        raise ValueError(f"a VAE adapter is one file, or two of merged decoders, RGB first; not {len(files)}")
+    rgba = load_merged(vae, files) if len(files) == 2 else load_adapted(vae, files[0])
+    return rgba.to(device, dtype).requires_grad_(False).eval()
+
+
+def load_adapted(vae: WanVAE, path) -> RGBAVAE:
+    parts = split_adapter(read_checkpoint(path)[0], path)
+    rgba = RGBAVAE(vae, load_middle(parts["middle"], path) if parts["middle"] else None)
+    rgba.skipped = len(parts["skipped"])
+    for branch, lora in ((rgba.vae_fgr, parts["vae_fgr"]), (rgba.vae_pha, parts["vae_pha"])):
         rank = next((v.shape[0] for k, v in lora.items() if ".lora_A." in k), 1)
         try:
             branch.load_state_dict(merge_adapter(branch.state_dict(), lora, scale=1 / rank))
         except ValueError as error:
-            raise ValueError(f"{adapter_path}: {error}") from None
-    return rgba.to(device, dtype).requires_grad_(False).eval()
+            raise ValueError(f"{path}: {error}") from None
+    return rgba
+
+
+def load_merged(vae: WanVAE, paths: list) -> RGBAVAE:
+    """RGB and alpha decoder from two whole VAEs; their encoders, the base's own, are passed over and counted."""
+    rgba = RGBAVAE(vae)
+    for path, branch in zip(paths, (rgba.vae_fgr, rgba.vae_pha)):
+        state, names = load_vae(path, vae.config).state_dict(), branch.state_dict()
+        branch.load_state_dict({name: state[name] for name in names})
+        rgba.skipped += len(state) - len(names)
+    return rgba
 
 
 def load_middle(state: dict, path) -> FeatureMerge:

@@ -21,8 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
@@ -213,14 +212,18 @@ class TextEncoder:
         return [context[valid] for context, valid in zip(self.model(ids, mask), mask)]
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth file, memory-mapped. Code in a pickle is refused, not run."""
+def read_weights(path: Path, names: list[str] | None = None) -> dict[str, Tensor]:
+    """These tensors of a .safetensors or .pth file, memory-mapped (a .pth: all); without names, of all the shapes, as
+    meta tensors. Code in a pickle is refused, not run."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no text encoder {path}")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with safe_open(path, "pt") as file:
+                if names:
+                    return {name: file.get_tensor(name) for name in names}
+                return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}
+        state = torch.load(path, map_location="cpu" if names else "meta", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path} holds Python objects and was not opened: export its plain state dict") from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError):
@@ -228,25 +231,48 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state if isinstance(state, dict) else {}
 
 
+def t5_config(shapes: dict[str, tuple]) -> T5Config:
+    """The sizes of an encoder from its tensors'. KeyError or ValueError if it is none."""
+    (vocab, dim), (dim_attn, _) = shapes["token_embedding.weight"], shapes["blocks.0.attn.q.weight"]
+    buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+    dim_ffn, _ = shapes["blocks.0.ffn.fc1.weight"]
+    layers = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    return T5Config(vocab, dim, dim_attn, dim_ffn, heads, layers, buckets)
+
+
 def read_umt5(path: Path, dtype: torch.dtype, device) -> UMT5:
-    """The encoder in that file, its sizes read from its tensors. ValueError lists up to ten keys that do not fit."""
-    state = read_weights(path)
-    shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
+    """The encoder in that file, its sizes read from its tensors. ValueError lists up to ten keys that do not fit.
+
+    A block's weights in fp8 may have a scale each (`blocks.0.attn.q.scale_weight`), as ComfyUI's files do; what else
+    is in these, `scaled_fp8` and `scale_input`, concerns fp8 products alone. Read block by block, mapped anew each
+    time, so that no more than one is held twice.
+    """
+    shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in read_weights(path).items()}
     try:
-        (vocab, dim), (dim_attn, _) = shapes["token_embedding.weight"], shapes["blocks.0.attn.q.weight"]
-        buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
-        dim_ffn, _ = shapes["blocks.0.ffn.fc1.weight"]
+        with torch.device("meta"):
+            model = UMT5(t5_config(shapes))
     except (KeyError, ValueError):
         raise ValueError(f"{path} is not a umT5 encoder: its tensors are others") from None
-    layers = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-    with torch.device("meta"):
-        model = UMT5(T5Config(vocab, dim, dim_attn, dim_ffn, heads, layers, buckets))
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    scales = {name: name.removesuffix("weight") + "scale_weight" for name in expected if name.startswith("blocks.")}
+    scales = {name: scale for name, scale in scales.items() if shapes.get(scale) in ((), (1,))}
+    extra = {"scaled_fp8", *scales.values(), *(s.replace("scale_weight", "scale_input") for s in scales.values())}
     wrong = [f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
-             for name in expected | shapes if expected.get(name) != shapes.get(name)]
+             for name in expected | shapes if expected.get(name) != shapes.get(name) and name not in extra]
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} tensors do not fit a umT5 encoder: " + "; ".join(wrong[:10]))
-    model.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, assign=True)
+    blocks, state = {}, {}
+    for name in expected:
+        blocks.setdefault(name.split(".")[1], []).append(name)      # by their number; the rest has none: "weight"
+    for names in blocks.values():
+        tensors = read_weights(path, names + [scales[name] for name in names if name in scales])
+        for name in names:
+            tensor = tensors[name].to(device)
+            if name in scales:
+                tensor = tensor.float() * tensors[scales[name]].to(device).float()
+            state[name] = tensor.to(dtype)
+        del tensors, tensor
+    model.load_state_dict(state, assign=True)
     return model
 
 

@@ -7,7 +7,8 @@
 Both stages learn rectified flow: z_t = sigma noise + (1 - sigma) z, loss = w(t) |v_hat - (noise - z)|^2. Latents are
 encoded once and kept in a cache, one file a clip; so is the text's context where the encoder is frozen. Stage rgba
 trains on RGBA latents and draws its noise with a mean of mu outside the Gaussian ellipse of the clip's alpha. The loop,
-with its logs, checkpoints and exact resume, is `fit` in train_vae.py.
+with its logs, checkpoints and exact resume, is `fit` in train_vae.py. Started by torchrun, the processes share each
+batch and make the steps that one would (test_two_processes_train_as_one).
 dtype rule: parameters, times and losses in float32; with --bf16 the forward passes run under autocast.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
@@ -36,9 +38,10 @@ from losses import PALETTE, soft_render
 from merge import load_rgba_vae
 from sampler import (ellipse_mask, euler, flow_target, gaussian_mask, interpolate, sample_sigma, shift_noise,
                      shifted_sigmas)
+from scale import start_process_group
 from text import T5Config, TextEncoder, UMT5, load_text_encoder, make_tokenizer
 from train_vae import (TINY, add_loop_flags, check_run, compile_blocks, find_vae, fit, make_optimizers, one_sentence,
-                       positive, precision, record_run, step_generator, stored, to_clip, to_video)
+                       positive, precision, ranks, record_run, share, step_generator, stored, to_clip, to_video)
 from vae import load_vae
 
 DORA_TARGETS = ["q", "k", "v", "o", "ffn.0", "ffn.2"]      # of every block, both attentions
@@ -49,12 +52,20 @@ BACKGROUNDS = dict(zip(("black", "blue", "green", "cyan", "red", "magenta", "yel
 # ---- what is learnt from: latents, encoded once
 
 
-def cached(folder: Path, key: str, make) -> dict:
-    """The tensors stored under `key`, made and stored on the first call. The key names all that they depend on."""
-    file = folder / f"{key}.safetensors"
-    if not file.exists():
-        save_tensors(file, make())
-    return load_file(file)
+def encoded(folder: Path, n: int, item) -> list[dict]:
+    """The tensors of n clips; item(i) -> (key, function that makes them). They are stored in a file named by the key,
+    which names all that they depend on, and made only where there is none. Several processes share the work."""
+    (rank, world), files = ranks(), {}
+    for i in tqdm(range(rank, n, world), desc="latents", disable=rank > 0):
+        key, make = item(i)
+        files[i] = folder / f"{key}.safetensors"
+        if not files[i].exists():
+            save_tensors(files[i], make())
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, files)
+        files = {i: file for part in parts for i, file in part.items()}
+    return [load_file(files[i]) for i in range(n)]
 
 
 def on_background(caption: str, color: str) -> str:
@@ -67,20 +78,22 @@ def rgb_latents(args, dataset) -> tuple[torch.Tensor, list[str]]:
     """Stage base: every clip rendered on white and on another palette colour -> z (n, 16, t', h', w') and captions.
     A caption that names no background is always on white."""
     vae, weights = load_vae(find_vae(args.base), device=args.device), cache_key(find_vae(args.base).read_bytes())
-    latents, captions, names = [], [], list(BACKGROUNDS)
-    for i in tqdm(range(len(dataset)), desc="latents"):
-        clip = dataset.clip(i)
+    names = list(BACKGROUNDS)
+
+    def colors(i):
         other = names[i % 7] if "transparent background" in dataset.caption(i) else "white"
-        colors = list(dict.fromkeys(("white", other)))
+        return list(dict.fromkeys(("white", other)))
+
+    def item(i):
+        clip = dataset.clip(i)
 
         def make():
-            video = torch.cat([soft_render(*to_video(*clip), BACKGROUNDS[color]) for color in colors])
+            video = torch.cat([soft_render(*to_video(*clip), BACKGROUNDS[color]) for color in colors(i)])
             with precision(args):
                 return {"z": vae.encode(video.to(args.device), CHUNK).float().cpu()}
-        key = cache_key(*(x.tobytes() for x in clip), weights, args.bf16, *colors)
-        latents.append(cached(Path(args.cache), key, make)["z"])
-        captions += [on_background(dataset.caption(i), color) for color in colors]
-    return torch.cat(latents), captions
+        return cache_key(*(x.tobytes() for x in clip), weights, args.bf16, *colors(i)), make
+    latents = torch.cat([tensors["z"] for tensors in encoded(Path(args.cache), len(dataset), item)])
+    return latents, [on_background(dataset.caption(i), color) for i in range(len(dataset)) for color in colors(i)]
 
 
 @torch.no_grad()
@@ -92,8 +105,8 @@ def rgba_latents(args, dataset) -> list[dict]:
     weights = [cache_key(file.read_bytes()) for file in (find_vae(args.base), adapter)]
     weights += [cache_key(p.cpu().numpy().tobytes()) for p in text.model.parameters()]
     weights = cache_key(*weights, text.tokenizer.to_str(), text.text_len, args.bf16)
-    items = []
-    for i in tqdm(range(len(dataset)), desc="latents"):
+
+    def item(i):
         clip, caption = dataset.clip(i), dataset.caption(i)
 
         def make():
@@ -101,9 +114,8 @@ def rgba_latents(args, dataset) -> list[dict]:
             with precision(args):
                 z = rgba.encode(rgb.to(args.device), alpha.to(args.device), chunk=CHUNK).float()[0].cpu()
             return {"z": z, "mask": gaussian_mask(alpha[0, 0]), "context": text([caption])[0].float().cpu()}
-        key = cache_key(*(x.tobytes() for x in clip), caption, weights)
-        items.append(cached(Path(args.cache), key, make))
-    return items
+        return cache_key(*(x.tobytes() for x in clip), caption, weights), make
+    return encoded(Path(args.cache), len(dataset), item)
 
 
 # ---- one step
@@ -116,14 +128,16 @@ def attention(args):
 
 def flow_step(dit, z, context, generator, mask=None, mean=0.05, shift=5.0, weighted=True) -> dict:
     """Rectified flow on latents z (b, 16, t, h, w); context: (b, l, d) or a list of (l, d); mask: G (b, t, h, w), where
-    the noise keeps mean 0, outside it gets `mean`. weighted: by w(t) as the official code, else all levels alike."""
+    the noise keeps mean 0, outside it gets `mean`. weighted: by w(t) as the official code, else all levels alike.
+    Of several processes, each runs its share of the batch and gives the contexts of that share alone."""
     sigma, weight = (x.to(z.device) for x in sample_sigma(len(z), generator, shift))
     noise = torch.randn(z.shape, generator=generator).to(z)
     if mask is not None:
         noise = shift_noise(noise, mask, mean)
-    v_hat = dit(interpolate(z, noise, sigma), 1000 * sigma, context)
-    error = (v_hat.float() - flow_target(z, noise)).square().mean(dim=(1, 2, 3, 4))
-    return dict(loss=(weight * error).mean() if weighted else error.mean(), mse=error.mean())
+    mine = share(len(z))
+    v_hat = dit(interpolate(z, noise, sigma)[mine], 1000 * sigma[mine], context)
+    error = (v_hat.float() - flow_target(z, noise)[mine]).square().mean(dim=(1, 2, 3, 4))
+    return dict(loss=(weight[mine] * error).mean() if weighted else error.mean(), mse=error.mean())
 
 
 def train_base(args, dataset, run: Path):
@@ -140,7 +154,7 @@ def train_base(args, dataset, run: Path):
     def loss(step, generator):
         pick = torch.randint(len(latents), (args.batch,), generator=generator)
         empty = torch.rand(args.batch, generator=generator) < args.drop_text
-        words = torch.where(empty, len(captions), pick)
+        words = torch.where(empty, len(captions), pick)[share(args.batch)]
         longest = int(mask[words].sum(1).max())
         with precision(args), attention(args):
             context = both["text"](ids[words, :longest], mask[words, :longest])
@@ -157,6 +171,8 @@ def train_base(args, dataset, run: Path):
         save_text(path.with_suffix(".txt"), "\n".join(names))
 
     fit(args, run, both, make_optimizers(both, args), args.steps, loss, sheet)
+    if ranks()[0]:
+        return
     out = Path(args.out)
     save_tensors(out / "diffusion_pytorch_model.safetensors", stored(both["dit"].state_dict(), args.half))
     save_tensors(out / "models_t5_umt5-xxl-enc-bf16.safetensors", stored(both["text"].state_dict(), args.half))
@@ -178,7 +194,7 @@ def train_rgba(args, dataset, run: Path):
 
     def loss(step, generator):
         pick = torch.randint(len(items), (args.batch,), generator=generator)
-        context = [items[i]["context"].to(args.device) for i in pick]
+        context = [items[i]["context"].to(args.device) for i in pick[share(args.batch)]]
         z, mask = (x[pick].to(args.device) for x in (latents, masks))
         with precision(args), attention(args):
             return flow_step(dit, z, context, generator, mask, args.mean, args.shift, not args.unweighted)
@@ -187,7 +203,8 @@ def train_rgba(args, dataset, run: Path):
     sheet = lambda path: contact_sheet(
         path, sample(dit, rgba, [item["context"] for item in items[:6]], masks[:6], args))
     fit(args, run, dit, make_optimizers(dit, args), args.steps, loss, sheet)
-    save_tensors(Path(args.out) / "t2v.safetensors", stored(adapter_state(dit), args.half))
+    if ranks()[0] == 0:
+        save_tensors(Path(args.out) / "t2v.safetensors", stored(adapter_state(dit), args.half))
 
 
 # ---- does a clip show what its prompt names? rgb uint8 (t, h, w, 3) straight, alpha uint8 (t, h, w); 1 px = h/64
@@ -451,9 +468,13 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     if args.eval:
         return run_eval(args)
+    rank, _, device = start_process_group()
+    args.device = device or args.device
+    share(args.batch)
     dataset = RGBADataset(args.data, args.size, args.frames)
     run = Path(args.out) / f"dit-{args.stage}"
-    record_run(run, args)
+    if rank == 0:
+        record_run(run, args)
     (train_base if args.stage == "base" else train_rgba)(args, dataset, run)
 
 

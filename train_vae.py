@@ -17,6 +17,7 @@ dtype rule: parameters, losses and optimiser in float32; with --bf16 the forward
 import argparse
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -25,9 +26,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import RGBADataset, contact_sheet, over, procedural_clip, replacing, save_tensors, save_text
@@ -151,13 +153,38 @@ def read_run(file, trained: dict) -> dict:
     return saved
 
 
+def ranks() -> tuple[int, int]:
+    """This process's number and how many torchrun started; (0, 1) without it."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def share(n: int) -> slice:
+    """This process's part of a batch of n. All processes draw the random numbers of the whole batch, so that several
+    make the same steps as one."""
+    rank, world = ranks()
+    if n % world:
+        raise ValueError(f"a batch of {n} cannot be shared by {world} processes: give --batch a multiple of {world}")
+    return slice(rank * n // world, (rank + 1) * n // world)
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Each tensor becomes its mean over all processes, in place: one message for all."""
+    if ranks()[1] > 1:
+        together = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(together)
+        for tensor, mean in zip(tensors, (together / ranks()[1]).split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
 def fit(args, run: Path, model: nn.Module, optimizers, steps: int, loss_fn, sheet_fn):
     """Train `model` for `steps` steps.
 
     loss_fn(step, generator) -> dict of scalars with "loss"; sheet_fn(path) draws what is learnt. Writes run/log.jsonl,
     run/sheet-STEP.png, run/checkpoint.pt (trained tensors, optimisers, step). --resume goes on from there; --start
-    takes another run's weights only."""
+    takes another run's weights only. Of several processes, each brings its share's loss; the first one writes."""
     run.mkdir(parents=True, exist_ok=True)
+    first = ranks()[0] == 0
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
     checkpoint, start, rows = run / "checkpoint.pt", 0, []
     if args.resume or args.start:
@@ -170,19 +197,23 @@ def fit(args, run: Path, model: nn.Module, optimizers, steps: int, loss_fn, shee
         rows = [row for row in (run / "log.jsonl").read_text().splitlines() if json.loads(row)["step"] <= start]
         for optimizer, value in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(value)
-    save_text(run / "log.jsonl", "".join(row + "\n" for row in rows))
+    if first:
+        save_text(run / "log.jsonl", "".join(row + "\n" for row in rows))
 
     def save(step):
         state = dict(step=step, model=trained, optimizers=[o.state_dict() for o in optimizers])
         with replacing(checkpoint) as temporary:
             torch.save(state, temporary)
 
-    with open(run / "log.jsonl", "a") as log:
+    with open(run / "log.jsonl" if first else os.devnull, "a") as log:
         began, sums, count = time.time(), {}, 0
-        for step in (bar := tqdm(range(start, steps), initial=start, total=steps, mininterval=5)):
+        bar = tqdm(range(start, steps), initial=start, total=steps, mininterval=5, disable=not first)
+        for step in bar:
             parts = loss_fn(step, step_generator(args.seed, step))
             model.zero_grad()           # not the optimisers': Muon's hold views of the parameters
             parts["loss"].backward()
+            parts = {name: value.detach() for name, value in parts.items()}
+            average([p.grad for p in trained.values() if p.grad is not None] + list(parts.values()))
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
             if not math.isfinite(parts["loss"].item() + norm.item()):
                 good = checkpoint if checkpoint.exists() else "the start"
@@ -199,7 +230,7 @@ def fit(args, run: Path, model: nn.Module, optimizers, steps: int, loss_fn, shee
                 print(json.dumps(row), file=log, flush=True)
                 bar.set_postfix({k: v for k, v in row.items() if k not in ("step", "seconds")})
                 sums, count = {}, 0
-            if (step + 1) % args.save_every == 0 or step + 1 == steps:
+            if first and ((step + 1) % args.save_every == 0 or step + 1 == steps):
                 save(step + 1)
                 sheet_fn(run / f"sheet-{step + 1:06d}.png")
 
