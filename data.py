@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -70,7 +70,7 @@ def cache_key(*parts) -> str:
 def save_tensors(path, tensors: dict, metadata: dict | None = None) -> None:
     """One safetensors file, complete or not there at all; metadata: str -> str."""
     with replacing(path) as temporary:
-        save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, metadata)
+        temporary.write_bytes(save({name: x.contiguous() for name, x in tensors.items()}, metadata))
 
 
 # ---- reading

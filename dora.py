@@ -343,6 +343,7 @@ def dialect(key: str) -> str:
     return f"{owner or ('peft' if word.startswith('lora_A') else 'no prefix')} ({word})"
 
 
+@functools.cache
 def released_models(vae: bool) -> dict[str, dict[str, Tensor]]:
     """Names and shapes, as meta tensors, of the models that an adapter may be for."""
     from dit import WAN_14B, WAN_1_3B, WanDiT

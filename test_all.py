@@ -14,11 +14,14 @@ import pickle
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
+import weakref
 import zipfile
 import zlib
 from argparse import Namespace
@@ -38,14 +41,16 @@ from tokenizers import processors
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 import data
 import dora
 import generate
+import scale
 import train_dit
 import train_vae
 from data import (COLORS, MATERIALS, MOTIONS, RGBADataset, SHAPES, bleed, cache_key, caption_of, checkerboard,
                   contact_sheet, held_out, over, procedural_clip, read_rgba, save_tensors, write_rgba)
-from dit import DiTConfig, WAN_14B, WAN_1_3B, WanDiT, load_dit, read_config, rope_table, rotate, sinusoids
+from dit import DiTConfig, WAN_14B, WAN_1_3B, WanDiT, load_dit, open_dit, read_config, rope_table, rotate, sinusoids
 from dora import (adapted_layers, adapter_state, add_dora, add_lora, load_adapter_state, merge_adapter, merge_tensor,
                   parse_adapter, read_adapter)
 from losses import (PALETTE, VGG, edge_loss, gradient_magnitude, hard_render, random_colors, reconstruction_loss,
@@ -57,7 +62,7 @@ from sampler import (ellipse_mask, euler, filled_ellipse, fit_ellipse, flow_targ
 from text import T5Config, TextEncoder, UMT5, clean_prompt, distance_buckets, load_text_encoder, make_tokenizer
 from train_dit import has_holes, named_color, named_motion, named_shape, score_clip, score_table, unseen_prompts
 from train_vae import evaluate as evaluate_vae, object_region, psnr
-from vae import CausalConv3d, VAEConfig, WanVAE, load_vae, vae_config
+from vae import VAEConfig, WanVAE, load_vae, vae_config
 
 ROOT = Path(__file__).parent
 official = load_file(ROOT / "assets/official.safetensors")
@@ -114,7 +119,7 @@ def official_adapter(vae, rank=4):
 
 
 def test_vae_parity():
-    vae, (rgb, alpha) = tiny_vae(), official_videos()
+    vae, (rgb, _) = tiny_vae(), official_videos()
     close(vae.features(rgb), official["vae_tiny.features"])
     close(vae.encode(rgb), official["vae_tiny.encode"])
     close(vae.decode(official["vae_tiny.encode"]), official["vae_tiny.decode"])
@@ -1920,7 +1925,8 @@ def trained_folder(folder):
     assert run_command("data.py", data, "--clips", "3", "--size", "32", "--frames", "5") == 0
     steps = {"vae-base": ["--stage", "base", "--schedule", "2:1:16:2,2:5:32:1", "--dim", "8"],
              "dit-base": ["--stage", "base", "--steps", "4", "--batch", "2", "--dim", "24", "--heads", "2",
-                          "--layers", "1", "--text-dim", "16", "--text-layers", "1", "--text-len", "48", "--frames", "5"],
+                          "--layers", "1", "--text-dim", "16", "--text-layers", "1", "--text-len", "48",
+                          "--frames", "5"],
              "vae-rgba": ["--schedule", "4:5:32:1", "--rank", "2", "--perceptual", "0"],
              "dit-rgba": ["--steps", "4", "--batch", "2", "--rank", "2", "--frames", "5"]}
     commands = {}
@@ -2240,16 +2246,17 @@ def arguments(prompt, out, *flags):
 
 
 def make(prompt, out, *flags):
-    return generate.generate(generate.make_parser().parse_args(arguments(prompt, out, *flags)))
+    (folder,) = generate.generate(generate.make_parser().parse_args(arguments(prompt, out, *flags)))
+    return folder
 
 
 @functools.cache
 def clip():
     """The folder of one clip, and the alpha that its decoders gave."""
     decode, seen = generate.decode, []
-    generate.decode = lambda *args: seen.append(decode(*args)) or seen[0]
+    generate.decode = lambda *args: (seen.append(pixels) or pixels for pixels in decode(*args))
     try:
-        return make("A red glass ball", Path(kept().name) / "out", "--seed", 3), *seen[0]
+        return make("A red glass ball", Path(kept().name) / "out", "--seed", 3), *seen
     finally:
         generate.decode = decode
 
@@ -2307,7 +2314,8 @@ def settled(prompt, *flags):
 def latent(prompt, *flags):
     args = settled(prompt, *flags)
     with torch.inference_mode():
-        return generate.sample(args, generate.encode_prompt(args), generate.make_mask(args))
+        (z,), _ = generate.sample(args, generate.encode_prompts(args), generate.make_mask(args))
+    return z
 
 
 def test_every_argument_has_a_say():
@@ -2336,7 +2344,7 @@ def test_guidance_reads_the_negative_prompt(monkeypatch):
     monkeypatch.setattr(generate, "load_text_encoder", spy)
     flags = "--steps", 1, "--negative", "ghost", "--guidance"
     plain, zero, away = (latent("ball", *flags, scale) for scale in (1, 0, 3))
-    assert read == [["ball"], ["ball", "ghost"], ["ball", "ghost"]]
+    assert read == [["ball"], ["ball"], ["ghost"], ["ball"], ["ghost"]]
     assert torch.allclose(away, zero + 3 * (plain - zero), atol=1e-4) and not torch.allclose(away, plain, atol=1e-3)
 
 
@@ -2376,7 +2384,7 @@ def fails(capsys, *argv):
 
 
 def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generate, "encode_prompt", lambda args: pytest.fail("long work before the error"))
+    monkeypatch.setattr(generate, "encode_prompts", lambda args: pytest.fail("long work before the error"))
     torch.save(torch.full((2, 4, 4), float("nan")), tmp_path / "nan.pt")
     torch.save(torch.zeros(2, 4, 4), tmp_path / "zero.pt")
     write_rgba(tmp_path / "empty.webp", np.zeros((1, 32, 32, 3), np.uint8), np.zeros((1, 32, 32), np.uint8))
@@ -2408,7 +2416,7 @@ def test_wrong_input_is_one_sentence(tmp_path, monkeypatch, capsys):
 
 
 def test_broken_base_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generate, "encode_prompt", lambda args: pytest.fail("long work before the error"))
+    monkeypatch.setattr(generate, "encode_prompts", lambda args: pytest.fail("long work before the error"))
     folder = shutil.copytree(base(), tmp_path / "base")
     command = ["ball", "--base", folder, "--out", tmp_path / "out"]
     files = {name: (base() / name).read_bytes() for name in BASE_FILES}
@@ -2531,3 +2539,808 @@ def test_embedded_autoencoder_keeps_colour_and_alpha():
     clips = [procedural_clip(10 ** 9 + i, split="test") for i in range(3)]
     rows = evaluate_vae(rgba, [(clip.rgb, clip.alpha) for clip in clips])
     assert min(row["soft render"] for row in rows) > 25 and min(row["alpha"] for row in rows) > 25
+
+
+# ---- released layouts and the adapter command
+
+
+# ---- the released files: every layout, and what is none
+
+
+def released_lora(config, blocks, down="lora_A.default", up="lora_B.default", prefix="", rank=2):
+    """Low-rank tensors of Wan's full width on the ten linear layers of some blocks, as Wan-Alpha's DoRA has them."""
+    adapter = {}
+    for i in blocks:
+        sizes = {f"{a}_attn.{layer}": (config.dim, config.dim) for a in ("self", "cross") for layer in "qkvo"}
+        sizes |= {"ffn.0": (config.ffn_dim, config.dim), "ffn.2": (config.dim, config.ffn_dim)}
+        for layer, (o, inputs) in sizes.items():
+            adapter[f"{prefix}blocks.{i}.{layer}.{down}.weight"] = torch.zeros(rank, inputs)
+            adapter[f"{prefix}blocks.{i}.{layer}.{up}.weight"] = torch.zeros(o, rank)
+    return adapter
+
+
+def said(capsys, *arguments):
+    dora.main(list(map(str, arguments)))
+    return capsys.readouterr().out
+
+
+def test_dora_command_says_what_a_file_is(tmp_path, capsys):
+    file = tmp_path / "t2v.safetensors"
+    magnitudes = {key.replace("lora_B", "lora_magnitude_vector"): torch.ones(len(tensor))
+                  for key, tensor in released_lora(WAN_14B, [0, 39]).items() if "lora_B" in key}
+    save_file(released_lora(WAN_14B, [0, 39]) | magnitudes, file)
+    lines = said(capsys, file).splitlines()
+    assert lines[0] == f"{file}: peft (lora_A.default)" and lines[1].startswith("DoRA on 20 layers, rank [2], scale 1,")
+    assert lines[2:] == ["differences: none", "Wan 1.3B: 0 of 20 layers fit", "Wan 14B: 20 of 20 layers fit",
+                         "left over in Wan 14B: nothing"]
+
+    small = released_lora(WAN_1_3B, range(29, 31), "lora_down", "lora_up", "diffusion_model.")     # it has no block 30
+    small |= {"diffusion_model.blocks.0.self_attn.norm_q.diff": torch.zeros(1536), "strange": torch.zeros(1),
+              "diffusion_model.blocks.29.self_attn.q.alpha": torch.tensor(1.0)}
+    save_file(small, file)
+    shown = said(capsys, file)
+    assert "ComfyUI (lora_down)" in shown and "LoRA on 20 layers, rank [2], scale [0.5]" in shown
+    assert "differences: 1 diff\nWan 1.3B: 11 of 21 layers fit\nWan 14B: 0 of 21 layers fit" in shown
+    assert "left over in Wan 1.3B: 21\n  diffusion_model.blocks.30" in shown and shown.count("finds no target") == 10
+
+
+def test_dora_command_says_what_a_vae_adapter_is(tmp_path, capsys):
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in WanVAE().state_dict().items() if name.startswith("decoder.")}
+    adapter = {"middle.block.conv1.weight": torch.zeros(1), "edge_loss.kernel": torch.zeros(3)}
+    for layer, (o, *inputs) in {name[:-7]: shape for name, shape in shapes.items() if name.endswith("weight")}.items():
+        inner, ones = ".conv3D" * (len(inputs) == 4), [1] * len(inputs[1:])
+        for branch in ("vae_fgr", "vae_pha"):
+            adapter[f"{branch}.{layer}{inner}.lora_A.default.weight"] = torch.zeros(2, *inputs)
+            adapter[f"{branch}.{layer}{inner}.lora_B.default.weight"] = torch.zeros(o, 2, *ones)
+            adapter[f"{branch}.{layer}{inner}.base_layer.weight"] = torch.zeros(1)
+    torch.save(adapter, tmp_path / "VAE.bin")
+    shown = said(capsys, tmp_path / "VAE.bin")
+    layers = (len(adapter) - 2) // 3
+    assert layers == 2 * 38 and f"LoRA on {layers} layers, rank [2], scale 1 / rank" in shown
+    assert f"merge block: 1 tensors; frozen copies, skipped: {layers + 1}" in shown
+    assert f"Wan's VAE: {layers} of {layers} layers fit\nleft over in Wan's VAE: nothing" in shown
+
+
+@pytest.mark.parametrize("dialect", ["comfy", "alpha", "lora_unet_"])
+def test_dora_command_rewrites_and_returns(dialect, tmp_path, capsys):
+    """To the other dialect and back: the tensors and what they do are the same, bit for bit."""
+    state = dora_toy_block()
+    adapter = {key: tensor.bfloat16() for key, tensor in dora_file(state).items()}
+    files = [tmp_path / f"{name}.safetensors" for name in ("given", "peft", "comfy", "again")]
+    save_file(dora_respelled(adapter, dialect), files[0])
+    for source, to, out in zip(files, ("peft", "comfy", "peft"), files[1:]):
+        said(capsys, source, "--to", to, out)
+    given, peft, comfy, again = map(load_file, files)
+    assert peft.keys() == adapter.keys() == again.keys()
+    assert all(torch.equal(peft[key], tensor) and tensor.dtype == again[key].dtype for key, tensor in adapter.items())
+    assert all(torch.equal(again[key], tensor) for key, tensor in peft.items())
+    q = "diffusion_model.blocks.1.self_attn.q."
+    assert {key for key in comfy if key.startswith(q)} == {
+        q + "lora_down.weight", q + "lora_up.weight", q + "lora_magnitude_vector.weight"}
+    merged, expected = merge_adapter(state, comfy), merge_adapter(state, given)
+    assert all(torch.equal(merged[name], weight) for name, weight in expected.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(file.name for file in files)
+
+
+def test_dora_command_keeps_differences_and_alpha_in_comfy_and_refuses_them_in_peft(tmp_path, capsys):
+    file, out = tmp_path / "given.safetensors", tmp_path / "out.safetensors"
+    state = dora_toy_block()
+    adapter = lightx2v_file(state) | {"diffusion_model.blocks.0.diff_m": torch.ones(1, 6, 48),
+                                      "diffusion_model.blocks.0.ffn.0.alpha": torch.tensor(2.0)}      # s = 2 / 3
+    save_file(adapter, file)
+    said(capsys, file, "--to", "comfy", out)
+    written = load_file(out)
+    assert written.keys() == adapter.keys() and all(torch.equal(written[key], adapter[key]) for key in adapter)
+    out.unlink()
+    for drop, sentence in ((".diff", "scale 0.666667 of blocks.0.ffn.0"), (".alpha", "peft has no name for diff")):
+        save_file({key: tensor for key, tensor in adapter.items() if drop not in key}, file)
+        with pytest.raises(SystemExit):
+            dora.main([str(file), "--to", "peft", str(out)])
+        assert sentence in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (b"\x89PNG\r\n\x1a\n" + bytes(99), "cut short, unreadable or no checkpoint"),
+    ({"x": Opens()}, "holds Python objects and was not opened"),
+    ({"step": 3}, "not a flat dict of tensors"),
+    ({"patch_embedding.weight": torch.zeros(3)}, "is no adapter"),
+    ({"blocks.0.ffn.0.dora_scale": torch.ones(1, 48)}, "LyCORIS magnitude"),
+    (None, "there is no adapter file")])
+def test_dora_command_refuses_what_is_no_adapter(content, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DORA_TRAP", str(tmp_path / "sprung"))
+    file, out = tmp_path / "given.bin", tmp_path / "out.safetensors"
+    if content is not None:
+        file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    for arguments in ([file], [file, "--to", "peft", out]):
+        with pytest.raises(SystemExit) as left:
+            dora.main(list(map(str, arguments)))
+        streams = capsys.readouterr()
+        assert left.value.code == 2 and not streams.out and streams.err.count("\n") == 1
+        assert sentence in streams.err or (out in arguments and "finds no target" in streams.err)
+    assert {path.name for path in tmp_path.iterdir()} <= {"given.bin"}
+
+
+def test_dit_loads_both_experts_of_wan22(tmp_path):
+    """Wan2.2-T2V-A14B: two folders, sharded, with all that a released config.json says."""
+    said = dict(_class_name="WanModel", _diffusers_version="0.33.0", model_type="t2v", window_size=[-1, -1],
+                qk_norm=True, cross_attn_norm=True) | asdict(DIT_TINY)
+    state = tiny_dit().state_dict()
+    for name, factor in (("high_noise_model", 1), ("low_noise_model", -1)):
+        changed = state | {"head.head.bias": factor * state["head.head.bias"]}
+        (dit_folder(tmp_path / name, changed, shards=3) / "config.json").write_text(json.dumps(said))
+    high, low = (load_dit(tmp_path / name) for name in ("high_noise_model", "low_noise_model"))
+    assert high.config == low.config == DIT_TINY
+    assert torch.equal(low.head.head.bias, -state["head.head.bias"])
+    close(high(*dit_inputs())[0], official["dit_tiny.v"])
+
+
+def test_dit_refuses_an_index_that_does_not_fit_its_shards(tmp_path):
+    folder = dit_folder(tmp_path / "sharded", shards=2)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    first, second = sorted(path.name for path in folder.glob("*-of-*"))
+    for weight_map, error, sentence in ((None, ValueError, "names no shards"), ({}, ValueError, "names no shards"),
+                                        ([first], ValueError, "names no shards"), ({"a": 1}, ValueError, "no shards"),
+                                        ({"a": first}, ValueError, "tensors do not fit the config: .* is missing"),
+                                        ({"a": first, "b": second, "c": "no.safetensors"}, FileNotFoundError, "no.s")):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        with pytest.raises(error, match=sentence) as caught:
+            open_dit(folder)
+        assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_dit_refuses_foreign_adapters_before_it_reads_a_weight(tmp_path, monkeypatch):
+    monkeypatch.setenv("DORA_TRAP", str(tmp_path / "sprung"))
+    folder, large = dit_folder(tmp_path / "tiny"), tmp_path / "large.safetensors"
+    save_file(released_lora(DiTConfig(96, 192, 2, 40), range(40)), large)
+    (tmp_path / "image.safetensors").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99))
+    torch.save({"x": Opens()}, tmp_path / "code.bin")
+    for name, sentence in (("large.safetensors", "shape"), ("image.safetensors", "unreadable"), ("code.bin", "Python")):
+        with pytest.raises(ValueError, match=f"{name}.*{sentence}") as caught:
+            open_dit(folder, [(tmp_path / name, 1.0)])
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 1500
+    for name in ("image.safetensors", "code.bin"):
+        with pytest.raises(ValueError, match=f"{name} is no safetensors file"):
+            load_dit(tmp_path / name)
+    assert not (tmp_path / "sprung").exists()
+
+
+def resident(folder):
+    """MiB of the files in this folder that are in this process's memory."""
+    mib, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            inside = str(folder) in line
+        elif inside and line.startswith("Rss:"):
+            mib += int(line.split()[1]) / 1024
+    return mib
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what memory holds of a file")
+def test_dit_loading_keeps_one_tensor_of_its_files_in_memory(tmp_path):
+    config = DiTConfig(512, 1024, 4, 3, text_dim=32, text_len=16)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in WanDiT(config).state_dict().items()}
+    folder = dit_folder(tmp_path / "model", {name: torch.zeros(shape) for name, shape in shapes.items()})
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    adapters = [(tmp_path / f"{name}.safetensors", 1.0) for name in ("first", "second")]
+    for file, _ in adapters:
+        save_file(released_lora(config, range(3), rank=128), file)                          # 10 MiB each
+    model, tensors = open_dit(folder, adapters)
+    most = {}
+    for name, tensor in tensors:
+        most[name] = resident(tmp_path)
+        del tensor
+    assert list(most) == list(shapes) and resident(tmp_path) == 0
+    largest = max(shape.numel() for shape in shapes.values()) * 4 / 2 ** 20                 # 6 MiB, of 50 MiB
+    assert max(most.values()) <= 1.1 * largest + 1
+
+
+def test_rgba_vae_reads_bfloat16_and_counts_what_it_skips(tmp_path):
+    vae = tiny_vae()
+    adapter = {name: tensor.bfloat16() for name, tensor in official_adapter(vae).items()}
+    torch.save({name: tensor.bfloat16() for name, tensor in vae.state_dict().items()}, tmp_path / "v.pth")
+    frozen = {f"{branch}.{name}": torch.zeros(1) for branch in ("vae_fgr", "vae_pha") for name in vae.state_dict()}
+    frozen |= {"vae_pha.decoder.conv1.conv3D.base_layer.bias": torch.zeros(1), "lpips_loss.net.w": torch.zeros(1)}
+    torch.save(adapter, tmp_path / "plain.bin")
+    torch.save(adapter | frozen, tmp_path / "VAE.bin")
+    plain, whole = (load_rgba_vae(tmp_path / "v.pth", tmp_path / name) for name in ("plain.bin", "VAE.bin"))
+    assert plain.skipped == 0 and whole.skipped == len(frozen)
+    states = plain.state_dict(), whole.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert {p.dtype for p in plain.parameters()} == {torch.float32}
+    z = official["vae_tiny.merged"]
+    close(plain.decode(z)[0], official["vae_tiny.vae_fgr.decode"], tol=0.1)
+    half = load_rgba_vae(tmp_path / "v.pth", tmp_path / "VAE.bin", torch.bfloat16)
+    assert half.decode(z.bfloat16())[1].dtype == torch.bfloat16
+
+
+def test_rgba_vae_reads_two_merged_decoders(tmp_path):
+    """As ComfyUI has them: two whole VAEs, the LoRA of each in its decoder, the rest as in the base."""
+    vae = tiny_vae()
+    torch.save(vae.state_dict(), tmp_path / "v.pth")
+    torch.save(official_adapter(vae), tmp_path / "VAE.bin")
+    rgba, pair = load_rgba_vae(tmp_path / "v.pth", tmp_path / "VAE.bin"), []
+    for name in ("rgb", "alpha"):
+        branch = rgba.vae_fgr if name == "rgb" else rgba.vae_pha
+        pair.append(tmp_path / f"wan_alpha_2.1_vae_{name}_channel.safetensors")
+        save_file(vae.state_dict() | branch.state_dict(), pair[-1])
+    merged, z = load_rgba_vae(tmp_path / "v.pth", pair), official["vae_tiny.merged"]
+    assert all(torch.equal(a, b) for a, b in zip(merged.decode(z), rgba.decode(z))) and merged.middle is None
+    assert merged.skipped == 2 * sum(name.startswith(("encoder.", "conv1.")) for name in vae.state_dict())
+    with pytest.raises(ValueError, match="rgb_channel.safetensors is not .* two decoders .* both files, RGB first"):
+        load_rgba_vae(tmp_path / "v.pth", pair[0])
+    with pytest.raises(ValueError, match="VAE.bin does not fit WanVAE"):
+        load_rgba_vae(tmp_path / "v.pth", [pair[0], tmp_path / "VAE.bin"])
+    with pytest.raises(ValueError, match="not 3"):
+        load_rgba_vae(tmp_path / "v.pth", [*pair, pair[0]])
+
+
+def test_text_encoder_reads_bfloat16_and_fp8(tmp_path):
+    folder, model = text_folder(tmp_path / "base", ".pth"), tiny_umt5().state_dict()
+    half = {name: p.bfloat16() for name, p in model.items()}
+    linear = [name for name, p in model.items() if p.ndim == 2 and "embedding" not in name]
+    scales = {name.replace("weight", "scale_weight"): model[name].abs().max() / 448 for name in linear}
+    eight = half | {name: half[name].to(torch.float8_e4m3fn) for name in linear}
+    scaled = half | {name: (model[name] / scales[name.replace("weight", "scale_weight")]).to(torch.float8_e4m3fn)
+                     for name in linear} | scales
+    marks = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)} | {
+        name.replace("scale_weight", "scale_input"): torch.ones(()) for name in scales}
+    torch.save(half, folder / "half.pth")
+    for name, state in dict(half=half, eight=eight, scaled=scaled, marked=scaled | marks).items():
+        save_file(state, folder / f"{name}.safetensors")
+    exact = load_text_encoder(folder)(CAPTIONS)[1]
+
+    def context(name, dtype=torch.float32):
+        encoder = load_text_encoder(folder / name, dtype)
+        assert {p.dtype for p in encoder.model.parameters()} == {dtype}
+        return encoder(CAPTIONS)[1]
+    assert torch.equal(context("half.pth"), context("half.safetensors"))
+    assert torch.equal(context("half.pth", torch.bfloat16), context("half.safetensors", torch.bfloat16))
+    assert torch.equal(context("scaled.safetensors"), context("marked.safetensors"))
+    close(context("half.pth"), exact, tol=0.1)
+    close(context("eight.safetensors"), exact, tol=1)
+    close(context("scaled.safetensors"), exact, tol=1)
+    assert not torch.equal(context("scaled.safetensors"), context("eight.safetensors"))
+    expected = (scaled[linear[3]].float() * scales[linear[3].replace("weight", "scale_weight")]).bfloat16()
+    loaded = load_text_encoder(folder / "scaled.safetensors", torch.bfloat16).model.state_dict()
+    assert torch.equal(loaded[linear[3]], expected)                                         # one rounding, at the end
+    assert load_text_encoder(folder / "scaled.safetensors", device="meta").model.norm.weight.is_meta
+    for odd in ("blocks.0.attn.q.scale_wait", "token_embedding.scale_weight", "lm_head.weight"):
+        save_file(scaled | {odd: torch.ones(())}, folder / "odd.safetensors")
+        with pytest.raises(ValueError, match=f"odd.safetensors: 1 tensors do not fit a umT5 encoder: {odd}"):
+            load_text_encoder(folder / "odd.safetensors")
+
+
+def test_what_training_writes_has_the_official_names(tmp_path):
+    """t2v.safetensors and *-VAE.bin, names and shapes by their rules; and back through the loaders."""
+    vae, folder = tiny_vae(), dit_folder(tmp_path / "base")
+    written, expected = official_adapter(vae, rank=4), {}
+    for name, weight in WanVAE(VAEConfig(dim=8)).decoder.state_dict().items():
+        layer, (o, *inputs) = "decoder." + name.removesuffix(".weight"), weight.shape
+        if weight.ndim >= 4 and name.endswith("weight"):
+            layer += ".conv3D" * (weight.ndim == 5)
+            for branch in ("vae_fgr", "vae_pha"):
+                expected[f"{branch}.{layer}.lora_A.default.weight"] = (4, *inputs)
+                expected[f"{branch}.{layer}.lora_B.default.weight"] = (o, 4, *[1] * len(inputs[1:]))
+    for i in (0, 2, 4):
+        for j, shape in (("0", (32, 1, 1, 1)), ("3", (32, 1, 1, 1))):
+            expected[f"middle.block.middle.{i}.residual.{j}.gamma"] = shape
+        for j in (2, 6):
+            expected[f"middle.block.middle.{i}.residual.{j}.weight"] = (32, 32, 3, 3, 3)
+            expected[f"middle.block.middle.{i}.residual.{j}.bias"] = (32,)
+    for i in (1, 3):
+        expected |= {f"middle.block.middle.{i}.norm.gamma": (32, 1, 1)}
+        for part, o in (("to_qkv", 96), ("proj", 32)):
+            expected |= {f"middle.block.middle.{i}.{part}.weight": (o, 32, 1, 1),
+                         f"middle.block.middle.{i}.{part}.bias": (o,)}
+    expected |= {"middle.block.conv1.weight": (32, 64, 1, 1, 1), "middle.block.conv1.bias": (32,),
+                 "middle.block.head.0.gamma": (32, 1, 1, 1), "middle.block.head.2.weight": (16, 32, 3, 3, 3),
+                 "middle.block.head.2.bias": (16,)}
+    assert {name: tuple(tensor.shape) for name, tensor in written.items()} == expected
+
+    torch.manual_seed(0)
+    model = add_dora(load_dit(folder), 4, 4, train_dit.DORA_TARGETS)
+    for layer in adapted_layers(model).values():
+        layer.lora_B.data.normal_(std=0.1)
+        layer.magnitude.data *= 1.1
+    state = adapter_state(model)
+    layers = {f"blocks.{i}.{a}.{x}": (48, 48) for i in (0, 1) for a in ("self_attn", "cross_attn") for x in "qkvo"}
+    layers |= {f"blocks.{i}.ffn.{j}": size for i in (0, 1) for j, size in ((0, (96, 48)), (2, (48, 96)))}
+    assert {key: tuple(tensor.shape) for key, tensor in state.items()} == {
+        f"{layer}.{part}.default.weight": shape for layer, (o, i) in layers.items()
+        for part, shape in (("lora_A", (4, i)), ("lora_B", (o, 4)), ("lora_magnitude_vector", (o,)))}
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / "t2v.safetensors")
+    close(load_dit(folder, [(tmp_path / "t2v.safetensors", 1.0)])(*dit_inputs()), model(*dit_inputs()).detach())
+
+
+# ---- scale.py: little memory, several processes
+
+
+SMALL_DIT = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=3, text_dim=32, text_len=16)
+
+
+def small_checkpoint(folder):
+    """A folder with a DiT of `SMALL_DIT`, weights by name, and inputs of 9 tokens (w 6) or 15 (w 10) for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(named_like(WanDiT(SMALL_DIT)), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(asdict(SMALL_DIT)))
+    return folder
+
+
+def small_inputs(w=6):
+    return named("scale.z", (2, 16, 3, 2, w)), torch.tensor([750.0, 20.0]), named("scale.context", (2, 7, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_blocks_give_the_same_bits(tmp_path, dtype):
+    """Also in a second call, whose first block must not see what the first call left in the buffers."""
+    folder = small_checkpoint(tmp_path)
+    resident, streamed = load_dit(folder, dtype=dtype), scale.load_scaled(folder, dtype=dtype, offload=True)
+    with torch.no_grad():
+        for w in (6, 4):
+            assert torch.equal(streamed(*small_inputs(w)), resident(*small_inputs(w)))
+    slots = {p.data_ptr() for slot in streamed.blocks.slots for p in slot.parameters()}
+    assert len(streamed.blocks.slots) == 2 and not slots & {p.data_ptr() for p in streamed.parameters()}
+
+
+def test_float8_is_close_and_one_byte(tmp_path):
+    """Rows of very different size keep their own scale; the result moves by a few percent, and streams bit for bit."""
+    weight = named("rows", (8, 64)) * 10.0 ** torch.arange(-4, 4)[:, None]
+    numbers, factors = scale.quantize(weight)
+    assert ((numbers.float() * factors - weight).norm(dim=1) / weight.norm(dim=1)).max() < 0.04
+    folder = small_checkpoint(tmp_path)
+    small, streamed = (scale.load_scaled(folder, fp8=True, offload=offload) for offload in (False, True))
+    layers = [m for m in small.blocks.modules() if isinstance(m, scale.FP8Linear)]
+    assert len(layers) == 10 * 3 and all(m.weight.dtype == torch.float8_e4m3fn for m in layers)
+    assert not any(isinstance(m, nn.Linear) for m in small.blocks.modules())
+    assert isinstance(small.head.head, nn.Linear) and small.blocks[0].modulation.dtype == torch.float32
+    with torch.no_grad():
+        v = load_dit(folder)(*small_inputs())
+        got = small(*small_inputs())
+        assert 1e-4 < (got - v).norm() / v.norm() < 0.05
+        assert torch.equal(streamed(*small_inputs()), got)
+
+
+def test_scaled_loading_merges_adapters_as_load_dit_does(tmp_path):
+    folder = small_checkpoint(tmp_path)
+    adapter = {f"diffusion_model.blocks.1.ffn.0.{end}": named(end, shape) for end, shape in
+               {"lora_down.weight": (3, 48), "lora_up.weight": (96, 3), "diff_b": (96,)}.items()}
+    save_file(adapter, tmp_path / "lora.safetensors")
+    for ways in ({}, {"offload": True}):
+        dit = scale.load_scaled(folder, [(tmp_path / "lora.safetensors", 0.5)], **ways)
+        expected = load_dit(folder, [(tmp_path / "lora.safetensors", 0.5)]).state_dict()
+        assert dit.state_dict().keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in dit.state_dict().items())
+
+
+TWO = """
+import os, sys, torch, torch.distributed as dist
+import scale
+from test_all import small_inputs
+rank, world, device = scale.start_process_group()
+torch.set_num_threads(1)
+results, local = {}, {}
+with torch.inference_mode():
+    for name, ways in dict(split={}, shard={'shard': True}, streamed={'offload': True}, float8={'fp8': True}).items():
+        dit = scale.load_scaled(sys.argv[1], **ways)
+        for w in (6, 10):
+            results[f"{name}{w}"] = dit(*small_inputs(w))
+        if name == "shard":
+            local = sum(p.to_local().numel() for p in dit.parameters() if hasattr(p, "to_local"))
+try:
+    scale.check_ways(scale.DiTConfig(dim=48, ffn_dim=96, num_heads=3, num_layers=1), False, False, False)
+except ValueError as error:
+    results["heads"] = str(error)
+torch.save(dict(results, local=local), f"{sys.argv[1]}/rank{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def torchrun(tmp_path, code, *arguments):
+    """Two processes of `code`, joined by gloo, as torchrun would start them."""
+    file = tmp_path / "two.py"
+    file.write_text(code)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1",
+                                    PYTHONPATH=str(ROOT))
+    jobs = [subprocess.Popen([sys.executable, file, *map(str, arguments)], stderr=subprocess.PIPE, text=True,
+                             env=environment | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(2)]
+    for job in jobs:
+        _, errors = job.communicate(timeout=170)
+        assert job.returncode == 0, errors
+
+
+def test_two_processes_equal_one(tmp_path):
+    """9 tokens, then 15, which two cannot halve; each process keeps half of the matrices when sharded."""
+    folder = small_checkpoint(tmp_path)
+    torchrun(tmp_path, TWO, folder)
+    ranks = [torch.load(folder / f"rank{r}.pt") for r in range(2)]
+    with torch.no_grad():
+        for w in (6, 10):
+            v = load_dit(folder)(*small_inputs(w))
+            v8 = scale.load_scaled(folder, fp8=True)(*small_inputs(w))
+            for got in ranks:
+                for name in ("split", "shard", "streamed"):
+                    assert (got[f"{name}{w}"] - v).abs().max() < 1e-5, (name, w)
+                assert (got[f"float8{w}"] - v8).abs().max() < 1e-5
+    layers = [m for m in WanDiT(SMALL_DIT).blocks.modules() if isinstance(m, nn.Linear)]
+    assert [got["local"] for got in ranks] == [sum(m.weight.numel() + m.bias.numel() for m in layers) // 2] * 2
+    assert "3 attention heads cannot be split over 2 processes" in ranks[0]["heads"]
+
+
+def test_ways_that_do_not_go_together():
+    for ways, sentence in (((True, False, True), "does not go with --offload"), ((False, False, True), "torchrun")):
+        with pytest.raises(ValueError, match=sentence):
+            scale.check_ways(SMALL_DIT, *ways)
+
+
+def test_memory_estimates_at_known_sizes():
+    """14B is 28.6 GB in bfloat16 (14.3e9 parameters); streaming keeps two of forty blocks on the device."""
+    one = scale.dit_memory(WAN_14B, 1, torch.bfloat16)[0]
+    assert abs(one / 1e9 - 28.8) < 0.5
+    clip = 21 * 30 * 52
+    whole, streamed, small = (scale.dit_memory(WAN_14B, clip, torch.bfloat16, **ways)
+                              for ways in ({}, {"offload": True}, {"fp8": True}))
+    assert 33e9 < whole[0] < 40e9 and streamed[0] < 11e9 and 27e9 < streamed[1] < 31e9 and small[0] < 24e9
+    assert abs(scale.dit_memory(WAN_1_3B, 1, torch.float32)[0] / 5.7e9 - 1) < 0.05
+    ranks = scale.dit_memory(WAN_14B, clip, torch.bfloat16, ranks=8, shard=True)
+    assert ranks[0] < 8e9
+    assert 2 ** 27 < scale.free_memory("cpu")
+
+
+# ---- generate.py: many clips, two experts, memory, several processes
+
+
+SHORT = "--frames", 1, "--size", "16x16", "--steps", 1
+DIT_FILE = "diffusion_pytorch_model.safetensors"
+
+
+@functools.cache
+def base_of_two():
+    """A base folder like Wan2.2's; its two transformers differ."""
+    folder = Path(kept().name) / "two"
+    shutil.copytree(base(), folder)
+    state = load_file(folder / DIT_FILE)
+    (folder / DIT_FILE).unlink()
+    for name, factor in (("high_noise_model", 1), ("low_noise_model", 0.7)):
+        (folder / name).mkdir()
+        save_file({key: factor * tensor for key, tensor in state.items()}, folder / name / DIT_FILE)
+        shutil.copy(folder / "config.json", folder / name)
+    return folder
+
+
+def test_prompts_and_seeds_are_many_single_runs(tmp_path, monkeypatch, capsys):
+    loaded = []
+    for name in ("load_scaled", "load_rgba_vae"):
+        load = getattr(generate, name)
+        monkeypatch.setattr(generate, name, lambda *a, load=load, **k: loaded.append(load.__name__) or load(*a, **k))
+    (tmp_path / "prompts.txt").write_text("\ufeffa ball\r\n\n  a blue   ghost \n", encoding="utf-8")
+    flags = "--base", base(), "--guidance", 2, *SHORT
+    generate.main([str(a) for a in ("--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "many", "--seed", 5, 0,
+                                    *flags)])
+    assert loaded == ["load_rgba_vae", "load_scaled", "load_rgba_vae"]          # the first onto the meta device
+    out, err = capsys.readouterr()
+    names = ["a-ball-5", "a-ball-0", "a-blue-ghost-5", "a-blue-ghost-0"]
+    assert out.split() == [str(tmp_path / "many" / name) for name in names]
+    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == sorted(names)
+    assert all(f"\n{stage}: seconds" in f"\n{err}" for stage in ("text", "transformer", "decode", "write"))
+    for prompt, seed, name in (("a ball", 0, names[1]), ("a blue ghost", 5, names[2])):
+        run = json.loads((tmp_path / "many" / name / "run.json").read_text())
+        assert (run["arguments"]["prompt"], run["seed"], run["arguments"]["seed"]) == (prompt, seed, seed)
+        assert list(run["stages"]) == ["text", "transformer", "decode", "write"]
+        single = make(prompt, tmp_path / "single", "--guidance", 2, *SHORT, "--seed", seed)
+        assert single.name == name and pngs(single) == pngs(tmp_path / "many" / name)
+
+
+@pytest.mark.parametrize("stage", ["shift_noise", "decode"])
+def test_finished_clips_are_kept_if_a_later_one_fails(stage, tmp_path, monkeypatch, capsys):
+    run, calls = getattr(generate, stage), []
+
+    def fail_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError
+        return run(*args)
+    monkeypatch.setattr(generate, stage, fail_second)
+    with pytest.raises(SystemExit) as stop:
+        generate.main(arguments("ball", tmp_path, "--seed", 1, 2, 3, *SHORT))
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == f"{tmp_path / 'ball-1'}\n" and "not enough memory" in err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["ball-1"] and len(pngs(tmp_path / "ball-1")) == 1
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_two_experts_share_the_noise_levels(solver, monkeypatch):
+    load, seen, alive = generate.load_scaled, [], []
+
+    def spy(path, *args):
+        assert not any(expert() for expert in alive)                            # one at a time
+        dit = load(path, *args)
+        dit.register_forward_pre_hook(lambda _, inputs: seen.append((path.name[:4].strip("_"), inputs[1].item())))
+        alive.append(weakref.ref(dit))
+        return dit
+    monkeypatch.setattr(generate, "load_scaled", spy)
+    args = settled("ball", "--base", base_of_two(), "--steps", 4, "--shift", 5, "--guidance", 2, 1, "--negative",
+                   "ghost", "--seed", 1, 2, "--sampler", solver)
+    mask = generate.make_mask(args)
+    with torch.inference_mode():
+        contexts = generate.encode_prompts(args)
+        latents, error = generate.sample(args, contexts, mask)
+    times = [1000, 937.5, 2500 / 3, 625] if solver == "euler" else [999, 937, 833, 624]
+    guided = [("high", time) for time in times[:2] for _ in range(2)]           # at 2 twice a step, at 1 once
+    assert error is None and [name for name, _ in seen] == [name for name, _ in guided * 2 + 4 * [("low", 0)]]
+    assert np.allclose([time for _, time in seen], [time for _, time in guided * 2] + times[2:] * 2)
+    high, low = (load_dit(expert.path, expert.adapters) for expert in args.experts)
+
+    def velocity(z, t):
+        if t < 875:
+            return low(z, t, [contexts["ball"]])
+        return guide(high(z, t, [contexts["ball"]]), high(z, t, [contexts["ghost"]]), 2)
+    noise = torch.randn(latents[1].shape, generator=torch.Generator().manual_seed(2))
+    noise = generate.shift_noise(noise, mask, args.mean)
+    sigmas = shifted_sigmas(4, start=1.0 if solver == "euler" else 0.999)
+    with torch.inference_mode():
+        *_, (_, z) = (euler if solver == "euler" else unipc)(velocity, noise, sigmas)
+    assert torch.equal(z, latents[1]) and not torch.equal(*latents)
+
+
+def test_wan_2_2_has_numbers_of_its_own_unless_distilled(tmp_path):
+    adapter = shutil.copy(base() / "t2v.safetensors", tmp_path)
+    for name in ("high_noise_model", "low_noise_model"):
+        (tmp_path / name).mkdir()
+
+    def numbers(*flags):
+        args = settled("ball", "--base", tmp_path, *flags)
+        return args.steps, args.shift, [e.guidance for e in args.experts], [len(e.adapters) for e in args.experts]
+    assert numbers() == (40, 12, [4, 3], [0, 0])
+    assert numbers("--distill", adapter, "--dora", adapter, "") == (4, 5, [1, 1], [2, 1])
+    assert numbers("--steps", 8, "--guidance", 2) == (8, 12, [2, 2], [0, 0])
+    assert settled("ball", "--guidance", 5, "--steps", 50).experts[0].guidance == 5
+
+
+def test_offloaded_is_resident():
+    assert torch.equal(latent("ball"), latent("ball", "--offload"))
+
+
+def test_too_large_a_model_names_the_flags_that_make_it_fit(monkeypatch):
+    def parts(*flags):
+        args = settled("ball", *flags)
+        return args, load_text_encoder(args.text).model, load_dit(args.base), rgba
+
+    def needs(dit, tokens, dtype, offload, fp8, ranks, shard):
+        return (1 if offload else 4) * dtype.itemsize // (2 if fp8 else 1) * 2 ** 30 + tokens * 2 ** 20, 0
+
+    def advice(free, *flags):
+        monkeypatch.setattr(generate, "free_memory", lambda device: free * 2 ** 30)
+        try:
+            return generate.check_memory(*parts(*flags))
+        except ValueError as error:
+            assert "the transformer needs" in str(error) and f"{free:.1f} are free" in str(error)
+            return str(error).rpartition("; ")[2]
+    args = settled("ball")
+    rgba = load_rgba_vae(args.vae, args.vae_adapter)
+    monkeypatch.setattr(generate, "dit_memory", needs)
+    assert advice(17) is None and advice(9) == "give --dtype bfloat16"
+    assert advice(9, "--dtype", "bfloat16") is None
+    assert advice(5, "--dtype", "bfloat16") == "give --offload" and advice(2.5) == "give --dtype bfloat16 --offload"
+    assert advice(1.5) == "give --dtype bfloat16 --offload --fp8"
+    flags = "--dtype", "bfloat16", "--offload", "--fp8", "--frames"
+    assert advice(1.5, *flags, 401) == "give a smaller --size or fewer --frames" and advice(1.5, *flags, 81) is None
+    assert advice(9, "--offload", "--fp8") is None
+    assert advice(0.01).startswith("take a smaller model")
+
+
+def test_14b_needs_what_it_needs(monkeypatch):
+    args = settled("ball", "--size", "832x480", "--frames", 81)
+    text, rgba = load_text_encoder(args.text).model, load_rgba_vae(args.vae, args.vae_adapter)
+
+    def short(free, config, **changes):
+        monkeypatch.setattr(generate, "free_memory", lambda device: free * 10 ** 9)
+        changed = Namespace(**vars(args) | changes)
+        with torch.device("meta"):
+            dit = WanDiT(config)
+        return any("transformer" in sentence for sentence in generate.lacking(changed, text, dit, rgba))
+    half = dict(dtype=torch.bfloat16)
+    assert short(24, WAN_14B) and short(24, WAN_14B, **half) and not short(24, WAN_14B, **half, fp8=True)
+    assert not short(24, WAN_1_3B) and not short(80, WAN_14B, **half)
+    monkeypatch.setattr(generate, "free_memory", lambda device: 2 ** 29)
+    generate.check(settled("ball", "--base", Path(generate.__file__).with_name("tiny")))        # never refused
+
+
+def test_decoding_is_the_same_in_any_chunks(monkeypatch):
+    args = settled("ball", "--frames", 17)
+    rgba = load_rgba_vae(args.vae, args.vae_adapter)
+    z, config = torch.randn(1, 16, 5, 4, 6, generator=torch.Generator().manual_seed(0)), rgba.vae.config
+
+    def decoded(chunk):
+        with torch.inference_mode():
+            return np.concatenate([x.ravel() for x in generate.decode(Namespace(**vars(args) | dict(vae_chunk=chunk)),
+                                                                      rgba, z)]).astype(int)
+    difference = np.abs(decoded(1) - decoded(3))
+    assert difference.max() <= 1 and difference.mean() < 1e-3
+    assert generate.choose_chunk(config, args) == 1
+    full = settled("ball", "--size", "832x480", "--frames", 81)
+    args.device = full.device = "cuda"
+    chunks = []
+    for free in (0, 2 ** 30, 2 ** 32, 2 ** 50):
+        monkeypatch.setattr(generate, "free_memory", lambda device: free)
+        chunks.append((generate.choose_chunk(config, args), generate.choose_chunk(Namespace(dim=96), full)))
+    assert chunks[0] == (1, 1) and chunks[-1] == (5, 4) and chunks == sorted(chunks)
+
+
+def test_colour_is_written_while_alpha_decodes(tmp_path, monkeypatch):
+    write, to_bytes, written, pieces = generate.write_rgba, generate.to_bytes, threading.Event(), []
+
+    def spy(path, *args):
+        write(path, *args)
+        written.set() if path.name == "rgb.mp4" else None
+
+    def slow_alpha(frames):
+        pieces.append(frames)
+        assert len(pieces) == 1 or written.wait(60)
+        return to_bytes(frames)
+    monkeypatch.setattr(generate, "write_rgba", spy)
+    monkeypatch.setattr(generate, "to_bytes", slow_alpha)
+    make("ball", tmp_path, *SHORT)
+    assert len(pieces) == 2
+
+
+def test_wrong_input_for_many_clips_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "encode_prompts", lambda args: pytest.fail("long work before the error"))
+    files = dict(empty=b" \n\n", binary=b"a\0b", latin="é".encode("latin-1"), twice=b"A ball\na ball!", good=b"ball")
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    lone, good, adapter = tmp_path / "lone", tmp_path / "good", base() / "t2v.safetensors"
+    shutil.copytree(base_of_two(), lone)
+    shutil.rmtree(lone / "low_noise_model")
+    common = "--out", tmp_path / "out", "--base"
+    for name in ("empty", "binary", "latin", "none", "."):
+        assert f"--prompts {tmp_path / name} " in fails(capsys, "--prompts", tmp_path / name, *common, base())
+    assert "a-ball-0" in fails(capsys, "--prompts", tmp_path / "twice", *common, base())
+    assert "either" in fails(capsys, "ball", "--prompts", good, *common, base())
+    for flags, word in ((("--seed", 1, 1), "ball-1"), (("--seed", 3, -1), "--seed -1"), (("--shard",), "torchrun"),
+                        (("--seed", "ball"), "ball"), (("--vae-chunk", 0), "--vae-chunk"),
+                        *(((flag, adapter, adapter), flag) for flag in ("--dora", "--distill")),
+                        (("--guidance", 4, 3), "--guidance"), (("--vae-adapter", *[adapter] * 3), "one file")):
+        assert word in fails(capsys, "ball", *flags, *common, base()), flags
+    assert "low_noise_model" in fails(capsys, "ball", *common, lone)
+    assert "--guidance" in fails(capsys, "ball", "--guidance", 1, 2, 3, *common, base_of_two())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_in_one_process_ends_all(tmp_path, monkeypatch):
+    def gather(errors, error):
+        errors[:] = [None, ValueError("the second has no file")]
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for rank, kind in ((0, ValueError), (1, SystemExit)):
+        with pytest.raises(kind) as stop:
+            generate.prepare(generate.make_parser().parse_args(arguments("ball", tmp_path)), rank, 2, None)
+        assert str(stop.value) in ("the second has no file", "2")
+
+
+def test_two_processes_make_the_clip_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = "--frames", 5, "--size", "32x16", "--seed", 1, 2
+    command = [sys.executable, generate.__file__, *arguments("ball", tmp_path / "two", *flags)]
+    group = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    runs = [subprocess.Popen(command, env=os.environ | group | dict(RANK=str(rank), LOCAL_RANK=str(rank)), text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
+    single = list(generate.generate(generate.make_parser().parse_args(arguments("ball", tmp_path / "one", *flags))))
+    (out, err), (silent, silent_err) = (run.communicate(timeout=120) for run in runs)
+    assert [run.returncode for run in runs] == [0, 0], err + silent_err
+    assert out.split() == [str(tmp_path / "two" / folder.name) for folder in single] and silent == ""
+    assert "transformer: " in err and "sampling" not in silent_err and "transformer: " not in silent_err
+    for folder in single:
+        for one, two in zip(*(read_rgba(tmp_path / name / folder.name / "frames") for name in ("one", "two"))):
+            assert np.abs(one.astype(int) - two).max() <= 1
+
+
+# ---- bench.py
+
+
+def test_bench_checkpoint_has_the_released_layout_and_loads_as_officially(tmp_path):
+    config = bench.TINY
+    bench.write_checkpoint(tmp_path, config)
+    assert "text_dim" not in json.loads((tmp_path / "config.json").read_text())     # Wan leaves it to the tensors
+    base, both = load_dit(tmp_path), bench.load_here(tmp_path, torch.float32, "cpu")
+    scaled = bench.load_here(tmp_path, torch.float32, "cpu", offload=False, fp8=False)
+    plain = bench.load_official(tmp_path, torch.float32, "cpu")
+    assert base.config == both.config == config
+    for name, p in plain.state_dict().items():
+        close(both.state_dict()[name], p, 1e-5)
+        assert torch.equal(scaled.state_dict()[name], both.state_dict()[name])
+        untouched = name.endswith("modulation") or name == "patch_embedding.weight"
+        assert torch.equal(p, base.state_dict()[name]) == untouched, name
+
+
+def test_bench_adapters_have_the_layout_of_the_released_ones():
+    base, dora, light = bench.checkpoint_shapes(WAN_14B)
+    assert (len(dora), len(light)) == (1200, 1459)
+    assert dora["blocks.39.ffn.2.lora_A.default.weight"] == (32, 13824)
+    assert dora["blocks.39.ffn.2.lora_magnitude_vector.default.weight"] == (5120,)
+    assert light["diffusion_model.head.head.lora_up.weight"] == (64, 64)
+    assert light["diffusion_model.blocks.0.norm3.diff_b"] == light["diffusion_model.patch_embedding.diff_b"] == (5120,)
+
+
+def test_bench_prints_and_writes_its_tables(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "alone", lambda function, *args: function(*args))
+    small, file = ["--size", "32x16", "--frames", "5", "--device", "cpu"], tmp_path / "table.json"
+    bench.main(["--clip", "tiny", "--steps", "2", *small, "--json", str(file), "--offload"])
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["what"] for row in rows] == [
+        "transformer: random weights", "transformer: pass 1 of 2", "transformer: pass 2 of 2",
+        "decoders: random weights", "decoders: colour", "decoders: alpha"]
+    bench.main(["--load", "tiny", "--device", "cpu", "--folder", str(tmp_path / "new")])
+    table = capsys.readouterr().out
+    assert all(way in table for way in ("load_dit", "load_scaled", "official procedure", "anonymous GB"))
+    assert (tmp_path / "new" / "config.json").is_file()
+    if bench.status("VmHWM"):
+        assert all(0 < row["anonymous"] <= row["host"] for row in rows)
+
+
+def test_bench_measures_the_memory_of_the_block_alone():
+    with bench.measured("nothing", "cpu") as before:
+        pass
+    with bench.measured("300 MB", "cpu") as row:
+        torch.ones(75_000_000)
+    with bench.measured("nothing", "cpu") as after:
+        pass
+    if bench.status("RssAnon") is None:
+        pytest.skip("no /proc here")
+    for kind in ("host", "anonymous"):
+        assert row[kind] - before[kind] > 0.25 and row[kind] - after[kind] > 0.25, kind
+
+
+def test_bench_answers_wrong_input_with_one_sentence(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.txt").write_text("keep")
+    monkeypatch.setattr(bench, "alone", lambda *args: pytest.fail("measured"))
+
+    def said(*argv):
+        with pytest.raises(SystemExit) as stop:
+            bench.main([*argv, "--device", "cpu"])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+    assert "invalid choice: '7B'" in said("--forward", "7B")
+    assert "4k+1" in said("--forward", "tiny", "--frames", "16")
+    assert "empty --folder" in said("--load", "tiny", "--folder", str(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+    monkeypatch.setattr(bench, "dit_memory", lambda *args: (1e15, 0))
+    assert "takes about 1000000.0 GB of memory on cpu" in said("--forward", "tiny")
+    free = bench.free_memory("cpu")
+    monkeypatch.setattr(bench, "dit_memory", lambda *args: (0.6 * free, 0.6 * free))      # on a CPU they are one
+    assert "memory on cpu" in said("--forward", "tiny", "--offload")
+    monkeypatch.setattr(bench, "dit_memory", lambda *args: (0, 0))
+    monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: bench.argparse.Namespace(free=0))
+    assert "disk space" in said("--load", "tiny", "--folder", str(tmp_path / "new"))
+
+
+TWO_TRAIN = """
+import sys, torch, train_dit
+torch.set_num_threads(1)
+for arguments in sys.argv[1].split(";"):
+    train_dit.main(arguments.split("|"))
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Both transformer trainings: the same loss curve from the same global batch, and the same weights on disk."""
+    _, out, commands = trained_folder(tmp_path)
+    torch.set_num_threads(1)
+    for script, arguments in commands.values():
+        script.main(arguments)
+    results = {"dit-base": "diffusion_pytorch_model.safetensors", "dit-rgba": "t2v.safetensors"}
+    alone = {name: ((out / name / "log.jsonl").read_text(), load_file(out / file)) for name, file in results.items()}
+    shutil.rmtree(tmp_path / "cache")
+    torchrun(tmp_path, TWO_TRAIN, ";".join("|".join(commands[name][1]) for name in ("dit-rgba", "dit-base")))
+    for name, (log, expected) in alone.items():
+        rows, together = ([json.loads(row) for row in text.splitlines()]
+                          for text in (log, (out / name / "log.jsonl").read_text()))
+        assert len(rows) == len(together) == 4
+        assert all(abs(a["loss"] - b["loss"]) <= 1e-5 for a, b in zip(rows, together)), name
+        got = load_file(out / results[name])
+        assert all(torch.allclose(got[k], expected[k], atol=1e-4) for k in expected), name
