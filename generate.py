@@ -451,7 +451,7 @@ def generate(args: argparse.Namespace) -> Iterator[Path]:
     FileNotFoundError or ValueError, one sentence and before any long work, for what cannot be done. What makes a clip
     fail later is raised when those before it are written (of several processes at once: they cannot go on alone).
     """
-    rank, world, device = start_process_group()
+    rank, world, device = start_process_group(args.device)
     (args, mask), stages = prepare(args, rank, world, device), {}
     with measured(stages, "text", args):
         contexts = [encode_prompts(args) if rank == 0 else None]

@@ -2884,6 +2884,15 @@ def test_streamed_blocks_give_the_same_bits(tmp_path, dtype):
     assert len(streamed.blocks.slots) == 2 and not slots & {p.data_ptr() for p in streamed.parameters()}
 
 
+def test_tensors_that_share_a_page_do_not_overlap():
+    pages = scale.PinnedPages(size=2048, pin=False)
+    shapes = [((3, 50), torch.float32), ((7,), torch.bfloat16), ((1000,), torch.float32), ((), torch.float32)]
+    tensors = [pages.empty(torch.Size(shape), dtype).fill_(i) for i, (shape, dtype) in enumerate(shapes)]
+    assert all(bool((tensor == i).all()) and (tensor.shape, tensor.dtype) == (torch.Size(shape), dtype)
+               for i, (tensor, (shape, dtype)) in enumerate(zip(tensors, shapes)))
+    assert tensors[0].untyped_storage().data_ptr() == tensors[1].untyped_storage().data_ptr()
+
+
 def test_float8_is_close_and_one_byte(tmp_path):
     """Rows of very different size keep their own scale; the result moves by a few percent, and streams bit for bit."""
     weight = named("rows", (8, 64)) * 10.0 ** torch.arange(-4, 4)[:, None]
@@ -2987,7 +2996,7 @@ def test_memory_estimates_at_known_sizes():
     assert 33e9 < whole[0] < 40e9 and streamed[0] < 11e9 and 27e9 < streamed[1] < 31e9 and small[0] < 24e9
     assert abs(scale.dit_memory(WAN_1_3B, 1, torch.float32)[0] / 5.7e9 - 1) < 0.05
     ranks = scale.dit_memory(WAN_14B, clip, torch.bfloat16, ranks=8, shard=True)
-    assert ranks[0] < 8e9
+    assert 7e9 < ranks[0] < 11e9
     assert 2 ** 27 < scale.free_memory("cpu")
 
 

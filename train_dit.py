@@ -468,7 +468,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     if args.eval:
         return run_eval(args)
-    rank, _, device = start_process_group()
+    rank, _, device = start_process_group(args.device)
     args.device = device or args.device
     share(args.batch)
     dataset = RGBADataset(args.data, args.size, args.frames)
