@@ -2541,9 +2541,6 @@ def test_embedded_autoencoder_keeps_colour_and_alpha():
     assert min(row["soft render"] for row in rows) > 25 and min(row["alpha"] for row in rows) > 25
 
 
-# ---- released layouts and the adapter command
-
-
 # ---- the released files: every layout, and what is none
 
 
@@ -3000,6 +2997,33 @@ def test_memory_estimates_at_known_sizes():
     assert 2 ** 27 < scale.free_memory("cpu")
 
 
+TWO_TRAIN = """
+import sys, torch, train_dit
+torch.set_num_threads(1)
+for arguments in sys.argv[1].split(";"):
+    train_dit.main(arguments.split("|"))
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Both transformer trainings: the same loss curve from the same global batch, and the same weights on disk."""
+    _, out, commands = trained_folder(tmp_path)
+    torch.set_num_threads(1)
+    for script, arguments in commands.values():
+        script.main(arguments)
+    results = {"dit-base": "diffusion_pytorch_model.safetensors", "dit-rgba": "t2v.safetensors"}
+    alone = {name: ((out / name / "log.jsonl").read_text(), load_file(out / file)) for name, file in results.items()}
+    shutil.rmtree(tmp_path / "cache")
+    torchrun(tmp_path, TWO_TRAIN, ";".join("|".join(commands[name][1]) for name in ("dit-rgba", "dit-base")))
+    for name, (log, expected) in alone.items():
+        rows, together = ([json.loads(row) for row in text.splitlines()]
+                          for text in (log, (out / name / "log.jsonl").read_text()))
+        assert len(rows) == len(together) == 4
+        assert all(abs(a["loss"] - b["loss"]) <= 1e-5 for a, b in zip(rows, together)), name
+        got = load_file(out / results[name])
+        assert all(torch.allclose(got[k], expected[k], atol=1e-4) for k in expected), name
+
+
 # ---- generate.py: many clips, two experts, memory, several processes
 
 
@@ -3326,30 +3350,3 @@ def test_bench_answers_wrong_input_with_one_sentence(tmp_path, capsys, monkeypat
     monkeypatch.setattr(bench, "dit_memory", lambda *args: (0, 0))
     monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: bench.argparse.Namespace(free=0))
     assert "disk space" in said("--load", "tiny", "--folder", str(tmp_path / "new"))
-
-
-TWO_TRAIN = """
-import sys, torch, train_dit
-torch.set_num_threads(1)
-for arguments in sys.argv[1].split(";"):
-    train_dit.main(arguments.split("|"))
-"""
-
-
-def test_two_processes_train_as_one(tmp_path):
-    """Both transformer trainings: the same loss curve from the same global batch, and the same weights on disk."""
-    _, out, commands = trained_folder(tmp_path)
-    torch.set_num_threads(1)
-    for script, arguments in commands.values():
-        script.main(arguments)
-    results = {"dit-base": "diffusion_pytorch_model.safetensors", "dit-rgba": "t2v.safetensors"}
-    alone = {name: ((out / name / "log.jsonl").read_text(), load_file(out / file)) for name, file in results.items()}
-    shutil.rmtree(tmp_path / "cache")
-    torchrun(tmp_path, TWO_TRAIN, ";".join("|".join(commands[name][1]) for name in ("dit-rgba", "dit-base")))
-    for name, (log, expected) in alone.items():
-        rows, together = ([json.loads(row) for row in text.splitlines()]
-                          for text in (log, (out / name / "log.jsonl").read_text()))
-        assert len(rows) == len(together) == 4
-        assert all(abs(a["loss"] - b["loss"]) <= 1e-5 for a, b in zip(rows, together)), name
-        got = load_file(out / results[name])
-        assert all(torch.allclose(got[k], expected[k], atol=1e-4) for k in expected), name
