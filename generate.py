@@ -69,7 +69,7 @@ NO_MEMORY = "out of memory|allocate memory|not enough memory"       # as PyTorch
 FLAGS = {"--dtype bfloat16": dict(dtype=torch.bfloat16), "--vae-dtype bfloat16": dict(vae_dtype=torch.bfloat16),
          "--text-device cpu": dict(text_device="cpu"), "--offload": dict(offload=True), "--shard": dict(shard=True),
          "--fp8": dict(fp8=True), "a smaller --size or fewer --frames": dict(size=(16, 16), frames=1)}
-PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "einops", "imageio", "imageio-ffmpeg")
+PACKAGES = ("numpy", "safetensors", "tokenizers", "einops", "imageio", "imageio-ffmpeg")
 
 
 @dataclass
@@ -405,7 +405,8 @@ def save_record(file: Path, args: argparse.Namespace, prompt: str, seed: int, st
     """run.json: all that it takes to make the clip again, and what it took."""
     experts = [vars(expert) for expert in args.experts]
     arguments = vars(args) | dict(prompt=prompt, seed=seed, clips=len(args.clips), experts=experts)
-    versions = dict(python=platform.python_version()) | {name: version(name) for name in PACKAGES}
+    versions = dict(python=platform.python_version(), torch=torch.__version__)      # with its +cpu or +cu130
+    versions |= {name: version(name) for name in PACKAGES}
     record = dict(arguments=arguments, seed=seed, versions=versions, weights=weights, stages=stages)
     save_text(file, json.dumps(record, indent=1, ensure_ascii=False, default=str) + "\n")
 
