@@ -49,7 +49,7 @@ from data import PICTURES, VIDEOS, checkerboard, over, read_rgba, save_text, wri
 from dit import WanDiT, open_dit, read_json, weight_files
 from merge import RGBAVAE, load_rgba_vae
 from sampler import euler, guide, load_mask, mask_from_alpha, mask_from_tensor, shift_noise, shifted_sigmas, unipc
-from scale import check_ways, dit_memory, free_memory, load_scaled, start_process_group
+from scale import check_ways, dit_memory, end_process_group, free_memory, load_scaled, start_process_group
 from text import UMT5, clean_prompt, load_text_encoder
 from vae import VAEConfig, read_checkpoint
 
@@ -460,10 +460,9 @@ def generate(args: argparse.Namespace) -> Iterator[Path]:
             torch.distributed.broadcast_object_list(contexts)
     with measured(stages, "transformer", args):
         latents, error = sample(args, contexts[0], mask)
-    if world > 1:
-        if error:
-            raise error
-        torch.distributed.destroy_process_group()
+    if world > 1 and error:
+        raise error
+    end_process_group()
     if rank == 0:
         yield from finish(args, latents, stages)
     if error:

@@ -145,6 +145,13 @@ def start_process_group(device: str | None = None) -> tuple[int, int, str | None
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def end_process_group() -> None:
+    """All wait for each other, then part: one that left early would cut off what another still reads."""
+    if processes() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 

@@ -2921,7 +2921,7 @@ def test_scaled_loading_merges_adapters_as_load_dit_does(tmp_path):
 
 
 TWO = """
-import os, sys, torch, torch.distributed as dist
+import sys, torch
 import scale
 from test_all import small_inputs
 rank, world, device = scale.start_process_group()
@@ -2939,7 +2939,7 @@ try:
 except ValueError as error:
     results["heads"] = str(error)
 torch.save(dict(results, local=local), f"{sys.argv[1]}/rank{rank}.pt")
-dist.destroy_process_group()
+scale.end_process_group()
 """
 
 
@@ -3000,8 +3000,7 @@ def test_memory_estimates_at_known_sizes():
 TWO_TRAIN = """
 import sys, torch, train_dit
 torch.set_num_threads(1)
-for arguments in sys.argv[1].split(";"):
-    train_dit.main(arguments.split("|"))
+train_dit.main(sys.argv[1:])
 """
 
 
@@ -3014,7 +3013,8 @@ def test_two_processes_train_as_one(tmp_path):
     results = {"dit-base": "diffusion_pytorch_model.safetensors", "dit-rgba": "t2v.safetensors"}
     alone = {name: ((out / name / "log.jsonl").read_text(), load_file(out / file)) for name, file in results.items()}
     shutil.rmtree(tmp_path / "cache")
-    torchrun(tmp_path, TWO_TRAIN, ";".join("|".join(commands[name][1]) for name in ("dit-rgba", "dit-base")))
+    for name in ("dit-rgba", "dit-base"):
+        torchrun(tmp_path, TWO_TRAIN, *commands[name][1])
     for name, (log, expected) in alone.items():
         rows, together = ([json.loads(row) for row in text.splitlines()]
                           for text in (log, (out / name / "log.jsonl").read_text()))

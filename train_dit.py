@@ -38,7 +38,7 @@ from losses import PALETTE, soft_render
 from merge import load_rgba_vae
 from sampler import (ellipse_mask, euler, flow_target, gaussian_mask, interpolate, sample_sigma, shift_noise,
                      shifted_sigmas)
-from scale import start_process_group
+from scale import end_process_group, start_process_group
 from text import T5Config, TextEncoder, UMT5, load_text_encoder, make_tokenizer
 from train_vae import (TINY, add_loop_flags, check_run, compile_blocks, find_vae, fit, make_optimizers, one_sentence,
                        positive, precision, ranks, record_run, share, step_generator, stored, to_clip, to_video)
@@ -476,6 +476,7 @@ def main(argv=None):
     if rank == 0:
         record_run(run, args)
     (train_base if args.stage == "base" else train_rgba)(args, dataset, run)
+    end_process_group()
 
 
 if __name__ == "__main__":
