@@ -3,6 +3,7 @@
     python bench.py --load                  both adapters merged while loading, beside the official procedure
     python bench.py --forward 14B           one pass of the transformer
     python bench.py --clip 14B --offload    a clip without text and files: sampling, then both decoders
+    python bench.py --train 14B --blocks 1  a training step of a DoRA; what a block keeps, what the whole 14B would take
 
 A row holds seconds; the peak of host memory; how much of it was anonymous, that is, no page of a mapped file, which
 the system takes back when it needs it; the peak of GPU memory. GB are 10^9 bytes. The first peak is the kernel's own,
@@ -37,11 +38,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data import save_text
-from dit import DiTConfig, WAN_14B, WAN_1_3B, WanDiT, load_dit, open_dit, read_json
+from dit import Block, DiTConfig, WAN_14B, WAN_1_3B, WanDiT, load_dit, open_dit, read_json
+from dora import add_dora
 from generate import NO_MEMORY, Parser, pixels, raise_first, to_bytes
 from merge import RGBAVAE
 from sampler import euler, shifted_sigmas
-from scale import dit_memory, free_memory, load_scaled, place_dit
+from scale import checkpoint_blocks, dit_memory, free_memory, load_scaled, place_dit, training_memory
 from vae import VAEConfig, WanVAE
 
 TINY = DiTConfig(dim=96, ffn_dim=128, num_heads=2, num_layers=2, text_dim=32, text_len=16)
@@ -116,6 +118,7 @@ def check_room(what: str, need: float, free: float, where: str, instead: str) ->
 def check_memory(args: argparse.Namespace, tokens: int, spare: float = 0) -> None:
     """ValueError unless the transformer fits, `tokens` of work and on the host `spare` bytes with it."""
     device, host = dit_memory(args.config, tokens, args.dtype, args.offload, args.fp8)
+    device = training_memory(args.config, tokens)["total"] if args.train else device
     host += spare
     for place, need in (dict(cpu=device + host) if args.device == "cpu" else dict(cuda=device, cpu=host)).items():
         check_room("the transformer", need, free_memory(place), f"memory on {place}",
@@ -325,6 +328,48 @@ def bench_run(args: argparse.Namespace) -> Iterator[dict]:
         yield from bench_decoders(args, z)
 
 
+# ---- --train
+
+
+def saved_bytes(block: Block, config: DiTConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that a block keeps for backward, each storage once, beside its parameters and its inputs."""
+    def make(*shape, dtype=torch.float32):
+        return torch.randn(shape, dtype=dtype, device=block.modulation.device)
+    d, kept = config.dim, {}
+    inputs = (make(1, tokens, d).requires_grad_(), make(1, 6, d), make(1, config.text_len, d, dtype=dtype),
+              make(2, tokens, d // config.num_heads // 2))
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+    with torch.autograd.graph.saved_tensors_hooks(keep, keep):
+        block(*inputs)
+    for x in (*inputs, *block.parameters()):
+        kept.pop(x.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@torch.inference_mode(False)
+def bench_train(args: argparse.Namespace) -> Iterator[dict]:
+    """Forward and backward with a rank-32 DoRA, every block computed again in backward; then what `training_memory`
+    expects of all blocks and 81 frames of 832x480."""
+    z, context = random_inputs(args)
+    with measured("training: random weights, DoRA", args.device) as row:
+        model = add_dora(random_dit(args), 32, 32, r"blocks\..+")
+    yield row
+    fewer, more = (saved_bytes(model.blocks[0], args.config, tokens, args.dtype) for tokens in (512, 1024))
+    yield dict(what=f"a block keeps {(more - fewer) // 512:,} bytes a token")
+    checkpoint_blocks(model, Block)
+    for i in range(args.steps):
+        with measured(f"training: step {i + 1} of {args.steps}", args.device) as row:
+            model.zero_grad()
+            model(z, torch.full((1,), 500.0, device=args.device), context).square().mean().backward()
+        yield row
+    for what, way in (("1 GPU", {}), ("1 GPU, offload", dict(offload=True)),
+                      ("8 GPUs, shard", dict(ranks=8, shard=True))):
+        clip = training_memory(SIZES[args.train][0], 21 * 30 * 52, **way)
+        yield dict(what=f"{args.train} in all, {what}: an estimate", gpu=clip["total"] / 1e9, host=clip["host"] / 1e9)
+
+
 # ---- the command
 
 
@@ -334,11 +379,12 @@ def make_parser() -> Parser:
     what("--load", nargs="?", const="1.3B", choices=SIZES, help="write a checkpoint (1.3B: 6 GB) and load it [1.3B]")
     what("--forward", choices=SIZES, help="the transformer alone; tiny is a dry run")
     what("--clip", choices=SIZES, help="sampling and both decoders")
+    what("--train", choices=SIZES, help="forward and backward of a DoRA, gradient checkpointing, rank 32")
     flag = parser.add_argument
     flag("--blocks", type=int, metavar="N", help="only so many blocks of the transformer [all]")
     flag("--size", type=pixels, metavar="WxH", help="in pixels, multiples of 16 [416x240; --clip 832x480]")
     flag("--frames", type=int, metavar="N", help="4k+1 [17; --clip 81]")
-    flag("--steps", type=int, metavar="N", help="passes of the transformer; on a GPU the first warms up [1; --clip 4]")
+    flag("--steps", type=int, metavar="N", help="passes, or training steps; on a GPU the first warms up [1; --clip 4]")
     flag("--offload", action="store_true", help="stream the blocks from host memory")
     flag("--fp8", action="store_true", help="linear weights of the blocks in 8 bits")
     flag("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the models [bfloat16]")
@@ -354,11 +400,12 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     given["device"] = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     defaults = dict(size=(832, 480), frames=81, steps=4) if args.clip else dict(size=(416, 240), frames=17, steps=1)
     given |= {name: value for name, value in defaults.items() if given[name] is None}
-    config, given["vae"] = SIZES[args.load or args.forward or args.clip]
+    config, given["vae"] = SIZES[args.load or args.forward or args.clip or args.train]
     args = argparse.Namespace(**given)
     args.blocks = config.num_layers if args.blocks is None else args.blocks
     raise_first([
         (args.device == "cuda" and not torch.cuda.is_available(), "there is no CUDA device; use --device cpu"),
+        (args.train and (args.offload or args.fp8), "--train goes with neither --offload nor --fp8"),
         (min(args.blocks, args.steps) < 1, "--blocks and --steps must be at least 1"),
         (args.frames < 1 or args.frames % 4 != 1, f"--frames {args.frames} is not 4k+1; give 1, 5, 9, ... frames"),
         (min(args.size) < 1 or any(side % 16 for side in args.size), "--size must be multiples of 16 pixels")])
@@ -371,7 +418,7 @@ def bench(args: argparse.Namespace) -> list[dict]:
     """Measures what `make_parser` took, prints each row once it is known, returns them all."""
     args, rows = settle(args), []
     print(machine(args.device), line(dict(what="") | COLUMNS), sep="\n", flush=True)
-    for row in (bench_load if args.load else bench_run)(args):
+    for row in (bench_load if args.load else bench_train if args.train else bench_run)(args):
         print(line(row), flush=True)
         rows.append(row)
     if args.json:

@@ -5,24 +5,34 @@ turns them into what is trained on: rgb (3, t, h, w) in [-1, 1], alpha (1, t, h,
 nothing where alpha is 0, yet hard rendering and filters look at it, so it is bled out of the object.
 
 Letters: t frames, h w height and width, c channels; u v an object's coordinates in radii, x y the frame's in heights.
-Differs from the official loader, which replaces a file it cannot read by another sample without a word: here that is a
-ValueError that names the file (test_wrong_media_is_one_sentence).
+Differs from the official loader, which replaces a file it cannot read by another sample without a word: here it is
+named and left out, and more than one in ten is an error (test_bad_clips_are_named_and_left_out).
 dtype rule: uint8 at rest, float32 for arithmetic, rounded (not truncated) back to uint8.
+
+A data set is any folder, its files as they are, also mixed and in sub-folders; each caption in NAME.txt:
+    NAME.mp4, NAME_seg.mp4          colour and matte (or _alpha, _pha, _mask, _matte), of any kind below
+    metadata.csv                    video_fgr,video_pha,prompt or video,alpha,prompt; no alpha: the file's own
+    NAME.mov .webm .webp .gif .png .apng .zip, or a sub-folder NAME of PNGs: with an alpha of their own; also stills
 
     python data.py data/ --clips 2000                       # procedural clips with captions
     python data.py data/ --clips 2000 --sprites pictures/   # pictures of your own, moved the same way
+    python data.py data/ --check --workers 8                # what is in a folder, and what is wrong with it
     python data.py                                          # draws out/procedural.png
 """
 
 import argparse
+import csv
 import hashlib
 import json
+import math
 import os
 import re
 import sys
 import zipfile
 import zlib
-from contextlib import contextmanager
+from collections import Counter
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -34,7 +44,7 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from safetensors.torch import save
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -67,6 +77,15 @@ def cache_key(*parts) -> str:
     return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()
 
 
+def file_key(path) -> str:
+    """SHA-256 (hex) of a file's bytes, read 1 MiB at a time."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2 ** 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def save_tensors(path, tensors: dict, metadata: dict | None = None) -> None:
     """One safetensors file, complete or not there at all; metadata: str -> str."""
     with replacing(path) as temporary:
@@ -77,11 +96,22 @@ def save_tensors(path, tensors: dict, metadata: dict | None = None) -> None:
 
 PICTURES = (".png", ".apng", ".webp", ".gif")                             # still or moving
 VIDEOS = (".mov", ".webm", ".mp4", ".mkv", ".avi")
+MEDIA = (*VIDEOS, *PICTURES, ".zip")
 MATTES = ("alpha", "pha", "mask", "seg", "matte")
+UNEQUAL = "make them equal"                                               # in the sentence on a matte that does not fit
 
 
 def by_number(name):
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)], name
+
+
+def frames_of(names):
+    return sorted((n for n in names if n.lower().endswith(".png") and Path(n).name[0] != "."), key=by_number)
+
+
+def files_of(path):
+    """The file itself, or the PNGs of a folder in their order."""
+    return [path / name for name in frames_of(os.listdir(path))] if path.is_dir() else [path]
 
 
 def name_of(path):
@@ -129,12 +159,10 @@ def decode(path):
 
     try:
         if path.is_dir():
-            files = {p.name: p for p in path.iterdir() if p.suffix.lower() == ".png" and p.name[0] != "."}
-            frames = [png(files[name]) for name in sorted(files, key=by_number)]
+            frames = [png(file) for file in files_of(path)]
         elif path.suffix.lower() == ".zip":
             with zipfile.ZipFile(path) as file:
-                names = [n for n in file.namelist() if n.lower().endswith(".png") and Path(n).name[0] != "."]
-                frames = [png(file.read(name)) for name in sorted(names, key=by_number)]
+                frames = [png(file.read(name)) for name in frames_of(file.namelist())]
         else:
             frames = (decode_video if path.suffix.lower() in VIDEOS else decode_picture)(path)
         return np.stack(frames)
@@ -143,24 +171,29 @@ def decode(path):
                          f"is it empty, damaged or of another kind?") from error
 
 
-def read_rgba(path) -> tuple[np.ndarray, np.ndarray]:
+def read_rgba(path, matte=None) -> tuple[np.ndarray, np.ndarray]:
     """(rgb (t, h, w, 3), alpha (t, h, w)), uint8 and straight, of a folder or .zip of PNGs, a video or a picture.
 
-    A matte beside it, NAME_alpha.* (or _pha, _mask, _seg, _matte), is its alpha. Without alpha and matte: 255.
+    Its alpha is `matte`, or else NAME_alpha.* (or _pha, _mask, _seg, _matte) beside it, or else its own, or 255.
     FileNotFoundError; ValueError for a medium that cannot be read, is empty, or whose matte does not fit.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {path}.")
-    frames, stem = decode(path), name_of(path)
+    beside = (path.with_name(f"{name_of(path)}_{kind}{ending}") for kind in MATTES for ending in (*MEDIA, ""))
+    return read_pair(path, Path(matte) if matte else next((m for m in beside if m.exists()), None))
+
+
+def read_pair(path, matte):
+    """read_rgba without looking for a matte: None is the medium's own alpha."""
+    for file in (path, matte or path):
+        if not file.exists():
+            raise FileNotFoundError(f"there is no file or folder {file}.")
+    frames = decode(path)
     rgb, alpha = np.ascontiguousarray(frames[..., :3]), np.ascontiguousarray(frames[..., 3])
-    for matte in (path.with_name(f"{stem}_{m}{ending}") for m in MATTES for ending in (*VIDEOS, *PICTURES, ".zip", "")):
-        if matte.exists():
-            alpha = decode(matte)[..., :3].mean(-1).round().astype(np.uint8)
-            if alpha.shape != rgb.shape[:3]:
-                raise ValueError(f"{path} has (frames, height, width) {rgb.shape[:3]} but its matte {matte.name} has "
-                                 f"{alpha.shape}; make them equal.")
-            break
+    if matte:
+        alpha = decode(matte)[..., :3].mean(-1, dtype=np.float32).round().astype(np.uint8)
+        if alpha.shape != rgb.shape[:3]:
+            raise ValueError(f"{path} has (frames, height, width) {rgb.shape[:3]} but its matte {matte.name} has "
+                             f"{alpha.shape}; {UNEQUAL}.")
     return rgb, alpha
 
 
@@ -257,17 +290,18 @@ def bleed(rgb, alpha):
 
     uint8 (t, h, w, 3), (t, h, w) -> uint8 (t, h, w, 3); every other pixel stays as it is.
     """
-    def fill(colour, weight):                                             # sums of colour * alpha and of alpha
-        h, w = weight.shape[1:3]
-        if max(h, w) > 1:
-            even = ((0, 0), (0, h % 2), (0, w % 2), (0, 0))
-            sums = [reduce(np.pad(x, even), "t (h i) (w j) c -> t h w c", "sum", i=2, j=2) for x in (colour, weight)]
-            coarse = repeat(fill(*sums), "t h w c -> t (h i) (w j) c", i=2, j=2)[:, :h, :w]
-            colour, weight = np.where(weight > 0, colour, coarse), np.where(weight > 0, weight, 1)
-        return colour / np.maximum(weight, 1e-6)
+    def fill(x):                                                          # sums of colour * alpha and of alpha
+        h, w = x.shape[1:3]
+        mean = x[..., :3] / np.maximum(x[..., 3:], 1e-6)
+        if max(h, w) > 1 and not x[..., 3].all():
+            even = np.pad(x, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)))
+            coarse = fill(sum(even[:, i::2, j::2] for i in (0, 1) for j in (0, 1)))
+            mean = np.where(x[..., 3:] > 0, mean, repeat(coarse, "t h w c -> t (h i) (w j) c", i=2, j=2)[:, :h, :w])
+        return mean
 
     weight = alpha[..., None].astype(np.float32) / 255
-    return np.where(weight > 0, rgb, np.minimum(fill(rgb * weight, weight) + 0.5, 255)).astype(np.uint8)
+    filled = np.minimum(fill(np.concatenate([rgb * weight, weight], -1)) + 0.5, 255).astype(np.uint8)
+    return np.where(weight > 0, rgb, filled)
 
 
 def premultiply(rgb, alpha):
@@ -288,14 +322,43 @@ def resize(x, size):
 
 
 def cover(rgb, alpha, size):
-    """Scale a clip until it covers size (h, w) and keep its middle; a clip of that size stays untouched."""
+    """Scale a clip until it covers size (h, w) and keep its middle; of a clip of that size only hidden colour moves."""
     old = alpha.shape[1:]
     if old == tuple(size):
-        return rgb, alpha
+        return bleed(rgb, alpha), alpha
     scale = max(size[0] / old[0], size[1] / old[1])
     h, w = (max(new, round(n * scale)) for new, n in zip(size, old))
     top, left = (h - size[0]) // 2, (w - size[1]) // 2
     return unpremultiply(resize(premultiply(rgb, alpha), (h, w))[:, :, top:top + size[0], left:left + size[1]])
+
+
+def area_size(h, w, area) -> tuple[int, int]:
+    """The size (h, w) of about this area and aspect; both sides the nearest multiples of 16, at least 16."""
+    return tuple(max(16, 16 * round((area * ratio) ** 0.5 / 16)) for ratio in (h / w, w / h))
+
+
+def slide(rgb, alpha, size, frames, rng):
+    """A clip of a still: a window of 0.8 of it goes in a straight line from one corner to the opposite one."""
+    whole = tuple(round(n / 0.8) for n in size)
+    rgb, alpha = cover(rgb, alpha, whole)
+    ends = [(0, m - n)[::rng.choice([1, -1])] for n, m in zip(size, whole)]
+    way = np.linspace(*zip(*ends), frames).round().astype(int)            # top and left of each frame
+    return tuple(np.stack([x[0, top:top + size[0], left:left + size[1]] for top, left in way]) for x in (rgb, alpha))
+
+
+def random_crop(rgb, alpha, rng):
+    """A window of 0.8 to 1 of the frame's size, the same for all frames."""
+    old, share = np.array(alpha.shape[1:]), rng.uniform(0.8, 1)
+    window = (share * old).round().astype(int).clip(1)
+    (top, left), (h, w) = rng.integers(old - window + 1), window
+    return rgb[:, top:top + h, left:left + w], alpha[:, top:top + h, left:left + w]
+
+
+def in_parts(function, rgb, alpha):
+    """function(rgb, alpha) of some frames at a time: the float32 of a whole clip may not fit into memory."""
+    n = max(1, 2 ** 20 // alpha[0].size)
+    parts = [function(rgb[k:k + n], alpha[k:k + n]) for k in range(0, len(rgb), n)]
+    return parts[0] if len(parts) == 1 else tuple(map(np.concatenate, zip(*parts)))
 
 
 def checkerboard(h, w, cell=8):
@@ -330,65 +393,213 @@ def contact_sheet(path, rows, columns=6, scale=2) -> None:
 # ---- the data set
 
 
-def find_samples(folder) -> list[Path]:
-    """The clips of a folder, found by looking: videos, pictures, .zip, folders of PNGs; mattes belong to their clip."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; `python data.py {folder} --clips 2000` makes one.")
-    found = [p for p in folder.iterdir() if p.name[0] != "." and
-             (any(p.glob("*.png")) if p.is_dir() else p.suffix.lower() in (*VIDEOS, *PICTURES, ".zip"))]
-    mattes = {f"{name_of(p)}_{m}" for p in found for m in MATTES}
-    found = sorted((p for p in found if name_of(p) not in mattes), key=lambda p: by_number(p.name))
+COLUMNS = ("video_fgr", "video_pha", "prompt"), ("video", "alpha", "prompt")      # of a metadata.csv
+
+
+@dataclass(frozen=True)
+class Sample:
+    path: Path                                                            # a file or a folder of PNGs
+    matte: Path | None = None                                             # None: the medium's own alpha
+    caption: str | None = None                                            # of a csv
+    root: Path = Path()
+
+    @property
+    def name(self):
+        return Path(os.path.relpath(self.path, self.root)).as_posix()
+
+    @property
+    def text(self):
+        return self.path.with_name(name_of(self.path) + ".txt")
+
+    @property
+    def files(self):
+        return [file for path in (self.path, self.matte) if path for file in files_of(path)]
+
+
+def read_csv(path, root) -> list[Sample]:
+    """The clips of a metadata.csv, one a row; its paths are relative to its own folder. ValueError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file)
+            columns = next((c for c in COLUMNS if {*c} <= {*(table.fieldnames or ())}), None)
+            rows = [[(row[c] or "").strip() for c in columns] for row in table] if columns else []
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV table in UTF-8; save it as one.") from error
+    rows = [row for row in rows if any(row)]
+    if not rows or not all(row[0] for row in rows):
+        raise ValueError(f"{path} lacks {'a video in a row' if rows else 'rows' if columns else 'columns'}; its first "
+                         f"line is to be {' or '.join(map(','.join, COLUMNS))}, each other line a clip.")
+    return [Sample(path.parent / video, path.parent / matte if matte else None, caption or None, root)
+            for video, matte, caption in rows]
+
+
+def find_samples(folder) -> list[Sample]:
+    """The clips of a folder and its sub-folders, in natural order: the rows of each metadata.csv, and what is found by
+    looking: videos, pictures, .zip, the PNGs of a sub-folder (one clip), each with the matte beside it if there is one.
+
+    What a csv names is not found again; hidden names are passed over. FileNotFoundError, ValueError, OSError.
+    """
+    def refuse(error):
+        raise error
+
+    root, media, found = Path(folder), [], []
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}; `python data.py {root} --clips 2000` makes one.")
+    for top, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        one_clip = Path(top) != root and bool(frames_of(files))
+        kinds = {*MEDIA} - {".png"} if one_clip else MEDIA
+        media += [Path(top)] * one_clip
+        media += [Path(top, name) for name in files if name[0] != "." and Path(name).suffix.lower() in kinds]
+        found += read_csv(Path(top, "metadata.csv"), root) if "metadata.csv" in files else []
+    named = {path.resolve() for sample in found for path in (sample.path, sample.matte) if path}
+    named |= {path.parent for path in named}                              # then its PNGs are stills, not one clip
+    found += [Sample(*pair, root=root) for pair in with_mattes(media) if pair[0].resolve() not in named]
     if not found:
-        raise ValueError(f"{folder} holds no clip; put videos, pictures, folders of PNGs there, each with a NAME.txt.")
-    return found
+        raise ValueError(f"{root} holds no clip; put videos, pictures, folders of PNGs there, each with a NAME.txt.")
+    return sorted(found, key=lambda sample: by_number(sample.name))
+
+
+def with_mattes(media):
+    """(medium, the matte beside it or None), of those that are no mattes."""
+    stems = {path.with_name(name_of(path)): path for path in sorted(media, reverse=True)}
+    beside = {stem: [stem.with_name(f"{stem.name}_{kind}") for kind in MATTES] for stem in stems}
+    mattes = set().union(*beside.values())
+    for path in media:
+        stem = path.with_name(name_of(path))
+        if stem not in mattes:
+            yield path, next((stems[matte] for matte in beside[stem] if matte in stems), None)
 
 
 def words(path):
     return re.sub("[_-]+", " ", name_of(path))
 
 
+def written_caption(sample) -> str:
+    """The csv's prompt, or else NAME.txt; "" without either. ValueError if that is not UTF-8."""
+    try:
+        return sample.caption or (sample.text.read_text("utf-8-sig").strip() if sample.text.exists() else "")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{sample.text} is not UTF-8; save the caption in that encoding.") from error
+
+
+def identity(sample) -> dict:
+    """Name, bytes and newest time of a sample's files, caption included: as long as they stay, so does its row."""
+    stats = [os.stat(file) for file in (*sample.files, sample.text) if os.path.exists(file)]
+    return dict(name=sample.name, bytes=sum(s.st_size for s in stats), changed=max([0.0, *(s.st_mtime for s in stats)]))
+
+
+def examine(sample) -> dict:
+    """Read a sample: a row of RGBADataset.check."""
+    keys = ("frames", "height", "width", "opaque", "semi", "transparent", "caption", "error")
+    row = identity(sample) | dict.fromkeys(keys, 0) | dict(caption=False, error=None)
+    try:
+        row["caption"] = bool(written_caption(sample))
+        alpha = read_pair(sample.path, sample.matte)[1]
+        shares = [float(share.mean()) for share in (alpha == 255, (alpha > 0) & (alpha < 255), alpha == 0)]
+        return row | dict(zip(keys, (*alpha.shape, *shares)))
+    except (ValueError, OSError) as error:
+        return row | dict(error=str(error))
+
+
 class RGBADataset(Dataset):
     """Captioned RGBA clips of a folder, see find_samples.
 
     An item: dict(rgb float32 (3, t, h, w) in [-1, 1], alpha float32 (1, t, h, w) in [0, 1], caption, name). Clips are
-    scaled to cover `size` (side or (h, w), pixels) and cut to `frames`, or played to and fro if shorter; a still stands
-    still. The caption is NAME.txt, or else the words of the name. Up to cache_gb of decoded clips stay in memory.
+    scaled to cover `size` (side or (h, w), pixels; keep_aspect: to its area, in their own aspect), and cut to `frames`
+    or played to and fro if shorter; over a still a window slides. The caption is the csv's prompt, or NAME.txt, or else
+    the words of the name. Up to cache_gb of decoded files stay in memory.
     """
 
-    def __init__(self, folder, size=64, frames=17, cache_gb=4.0):
-        self.paths, self.frames = find_samples(folder), frames
-        self.size = (size, size) if isinstance(size, int) else size
-        self.kept, self.room = {}, cache_gb * 2 ** 30
+    def __init__(self, folder, size=64, frames=17, cache_gb=4.0, keep_aspect=False):
+        self.folder, self.samples, self.frames, self.keep_aspect = folder, find_samples(folder), frames, keep_aspect
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.kept, self.lengths, self.room = {}, {}, cache_gb * 2 ** 30
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.samples)
 
-    def clip(self, i):
-        """uint8 (rgb (t, h, w, 3), alpha (t, h, w)) in the data set's size and length."""
-        if i in self.kept:
-            return self.kept[i]
-        rgb, alpha = (x[:self.frames] for x in read_rgba(self.paths[i]))
-        to_and_fro = [*range(len(rgb)), *range(len(rgb) - 2, 0, -1)]
-        pick = [to_and_fro[k % len(to_and_fro)] for k in range(self.frames)]
-        rgb, alpha = (x[pick] for x in cover(rgb, alpha, self.size))
+    def name(self, i) -> str:
+        return self.samples[i].name
+
+    def caption(self, i) -> str:
+        return written_caption(self.samples[i]) or words(self.samples[i].path)
+
+    def source(self, i):
+        """uint8 (rgb (t, h, w, 3), alpha (t, h, w)) of the whole clip at its own size, its hidden colour as stored."""
+        sample = self.samples[i]
+        if sample in self.kept:
+            return self.kept[sample]
+        rgb, alpha = read_pair(sample.path, sample.matte)
+        self.lengths[sample] = len(rgb)
         if self.room >= rgb.nbytes + alpha.nbytes:
             self.room -= rgb.nbytes + alpha.nbytes
-            self.kept[i] = rgb, alpha
+            self.kept[sample] = rgb, alpha
         return rgb, alpha
 
-    def caption(self, i):
-        text = self.paths[i].with_name(name_of(self.paths[i]) + ".txt")
+    def clip(self, i, variant=0):
+        """uint8 (rgb (t, h, w, 3), alpha (t, h, w)) in the data set's size and length.
+
+        variant > 0: another window, of 0.8 to 1 of a video's frame; the same i and variant, the same clip.
+        """
+        (rgb, alpha), rng = self.source(i), np.random.default_rng([i, variant])
+        size = area_size(*alpha.shape[1:], math.prod(self.size)) if self.keep_aspect else self.size
+        if len(rgb) == 1 < self.frames:
+            return slide(rgb, alpha, size, self.frames, rng)
+        if variant and len(rgb) > 1:
+            rgb, alpha = random_crop(rgb, alpha, rng)
+        rgb, alpha = in_parts(lambda *pair: cover(*pair, size), rgb[:self.frames], alpha[:self.frames])
+        if len(rgb) == self.frames:
+            return rgb, alpha
+        to_and_fro = [*range(len(rgb)), *range(len(rgb) - 2, 0, -1)]
+        pick = [to_and_fro[k % len(to_and_fro)] for k in range(self.frames)]
+        return rgb[pick], alpha[pick]
+
+    def geometry(self, i, variant=0) -> str:
+        """All that clip(i, variant) depends on besides the bytes of its files."""
+        frames = self.lengths.get(self.samples[i]) or len(self.source(i)[0])
+        drawn = variant > 0 if frames > 1 else self.frames > 1            # only then i and variant have a say
+        return (f"size {self.size}, frames {self.frames}, keep_aspect {self.keep_aspect}"
+                f"{f', clip {i}, variant {variant}' * drawn}")
+
+    def content(self, i) -> str:
+        """SHA-256 (hex) over the bytes of the medium and then of its matte, read 1 MiB at a time."""
+        return cache_key(*map(file_key, self.samples[i].files))
+
+    def check(self, workers=0, known=None) -> list[dict]:
+        """A row for each sample, see examine; read in `workers` processes, 0: in this one. OSError.
+
+        known: earlier rows; a sample whose name, bytes and changed stand in one of them is not read again.
+        """
+        known = {(row["name"], row["bytes"], row["changed"]): row for row in known or ()}
+        rows = [known.get(tuple(identity(sample).values())) for sample in self.samples]
+        todo = [i for i, row in enumerate(rows) if row is None]
         try:
-            caption = text.read_text(encoding="utf-8").strip() if text.exists() else ""
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{text} is not UTF-8; save the caption in that encoding.") from error
-        return caption or words(self.paths[i])
+            with ProcessPoolExecutor(workers) if workers else nullcontext() as pool:
+                read = (pool.map if workers else map)(examine, [self.samples[i] for i in todo])
+                for i, row in zip(todo, tqdm(read, desc=f"reading {self.folder}", total=len(todo))):
+                    rows[i] = row
+        except BrokenExecutor as error:
+            raise OSError(f"a process reading {self.folder} was ended, for want of memory perhaps; "
+                          f"use fewer than {workers} workers.") from error
+        self.lengths |= {sample: row["frames"] for sample, row in zip(self.samples, rows)}
+        return rows
+
+    def drop_bad(self, rows) -> None:
+        """Leave out samples whose row has an error, and name them on stderr. ValueError if more than one in ten has."""
+        bad = {row["name"]: row["error"] for row in rows if row["error"]}
+        if 10 * len(bad) > len(self):
+            raise ValueError(f"{len(bad)} of {len(self)} clips in {self.folder} cannot be used, for instance "
+                             f"{', '.join([*bad][:3])}; `python data.py {self.folder} --check` says why.")
+        if bad:
+            skipped = [f"skipped: {error}" for error in bad.values()]
+            print("\n".join(skipped + [f"skipped {len(bad)} of {len(self)} clips"]), file=sys.stderr)
+        self.samples = [sample for sample in self.samples if sample.name not in bad]
 
     def __getitem__(self, i):
         rgb, alpha = map(torch.from_numpy, self.clip(i))
         return dict(rgb=rearrange(rgb, "t h w c -> c t h w") / 127.5 - 1, alpha=alpha[None] / 255,
-                    caption=self.caption(i), name=self.paths[i].name)
+                    caption=self.caption(i), name=self.name(i))
 
 
 # ---- procedural clips: what they show, and their captions
@@ -722,10 +933,10 @@ def sprite_clip(seed: int, picture, name, size=64, frames=17) -> Clip:
 def load_sprites(folder):
     """[(name, uint8 (h, w, 4))] of the pictures of a folder that have transparency."""
     sprites = []
-    for path in find_samples(folder):
-        rgb, alpha = read_rgba(path)
+    for sample in find_samples(folder):
+        rgb, alpha = read_pair(sample.path, sample.matte)
         if alpha[0].min() < 255:
-            sprites.append((words(path), np.dstack([rgb[0], alpha[0]])))
+            sprites.append((words(sample.path), np.dstack([rgb[0], alpha[0]])))
     if not sprites:
         raise ValueError(f"no picture in {folder} has transparency; give pictures with alpha, PNG for instance.")
     return sprites
@@ -740,7 +951,7 @@ def make_data_set(args):
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed} is below 0.")
     sprites = load_sprites(args.sprites) if args.sprites else []
-    record = json.dumps({k: v for k, v in vars(args).items() if k != "folder"}, indent=1)
+    record = json.dumps({k: v for k, v in vars(args).items() if k not in ("folder", "check", "workers")}, indent=1)
     folder, lines = Path(args.folder), []
     if (folder / "data.json").exists() and (folder / "data.json").read_text() != record:
         raise ValueError(f"{folder} already holds clips made with other arguments (data.json); choose another folder.")
@@ -761,6 +972,28 @@ def make_data_set(args):
     save_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
 
 
+def check_folder(folder, workers) -> int:
+    """Print what a folder holds, then a sentence for each clip that is bad; exit code 2 if more than one in ten is."""
+    if not folder or workers < 0:
+        raise ValueError("--check needs a folder, and --workers a number that is not below 0.")
+    rows = RGBADataset(folder).check(workers)
+    good, errors = [row for row in rows if not row["error"]], [row["error"] for row in rows if row["error"]]
+    unequal, blank = sum(UNEQUAL in error for error in errors), sum(row["opaque"] == 1 for row in good)
+    table = {"clips": len(rows), "captions missing": sum(not row["caption"] for row in good),
+             "pairs of unequal length or size": unequal, "cannot be read": len(errors) - unequal,
+             "no transparency at all": f"{blank}{'  (warning: they teach nothing about alpha)' * bool(blank)}"}
+    if good:
+        frames, h, w = (np.array([row[key] for row in good]) for key in ("frames", "height", "width"))
+        sizes = Counter(zip(h.tolist(), w.tolist())).most_common(5)
+        table["height x width (clips)"] = ", ".join(f"{a} x {b} ({n})" for (a, b), n in sizes)
+        for name, numbers in (("frames", frames), ("width / height", w / h)):
+            table[f"{name}: min, median, max"] = "  ".join(f"{x:.4g}" for x in np.quantile(numbers, (0, 0.5, 1)))
+        for key, name in (("opaque", "opaque"), ("semi", "semi-transparent"), ("transparent", "transparent")):
+            table[f"{name} pixels"] = f"{np.average([row[key] for row in good], weights=frames * h * w):.1%}"
+    print("\n".join([f"{name:36}{value}" for name, value in table.items()] + errors))
+    return 2 if 10 * len(errors) > len(rows) else 0
+
+
 def draw_figure(path="out/procedural.png"):
     clips = [procedural_clip(i, shape=shape, color=color, material=material, motion=motion)
              for i, (shape, color, material, motion) in enumerate(zip(SHAPES, COLORS, MATERIALS * 2, MOTIONS))]
@@ -769,8 +1002,10 @@ def draw_figure(path="out/procedural.png"):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Write captioned RGBA clips to a folder; without one, draw a figure.")
-    parser.add_argument("folder", nargs="?", help="where to write")
+    parser = argparse.ArgumentParser(description="Write captioned RGBA clips, or check a folder; or draw a figure.")
+    parser.add_argument("folder", nargs="?", help="where to write, or what to check")
+    parser.add_argument("--check", action="store_true", help="read all clips of the folder and say what is in it")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read for --check; 0: this one")
     parser.add_argument("--clips", type=int, default=2000, help="how many")
     parser.add_argument("--size", type=int, default=64, help="height and width, pixels, a multiple of 16")
     parser.add_argument("--frames", type=int, default=17, help="per clip, 4k+1")
@@ -779,6 +1014,8 @@ def main(argv=None):
     parser.add_argument("--sprites", help="folder of pictures to animate instead; their names are the captions")
     args = parser.parse_args(argv)
     try:
+        if args.check:
+            sys.exit(check_folder(args.folder, args.workers))
         make_data_set(args) if args.folder else draw_figure()
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)

@@ -116,20 +116,27 @@ def as_grey(alpha: Tensor) -> Tensor:
 
 
 def rgba_loss(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor, generator: torch.Generator | None = None,
-              **options) -> dict[str, Tensor]:
+              colors: tuple[Tensor, Tensor] | None = None, **options) -> dict[str, Tensor]:
     """L_alpha, L_soft and L_hard of an output (rgb_hat, alpha_hat) and its target; the loss is the sum of the values.
 
     Colour (b,3,t,h,w) in [-1,1]; alpha (b,1,t,h,w) in [0,1], compared as grey 2a - 1 so that all terms weigh alike.
     Output and target share each random colour. The hard render cuts both by the target's alpha: cut by its own, an
-    output faintly opaque everywhere would be drawn to random colours. options: those of `reconstruction_loss`.
+    output faintly opaque everywhere would be drawn to random colours. colors: of the soft and the hard render, (b,3)
+    each, instead of random ones. options: those of `reconstruction_loss`.
     """
-    soft, hard = random_colors(len(rgb), generator)
+    soft, hard = colors or random_colors(len(rgb), generator)
     pairs = {
         "alpha": (as_grey(alpha_hat), as_grey(alpha)),
         "soft": (soft_render(rgb_hat, alpha_hat, soft), soft_render(rgb, alpha, soft)),
         "hard": (hard_render(rgb_hat, alpha, hard), hard_render(rgb, alpha, hard)),
     }
     return {name: reconstruction_loss(x, y, **options) for name, (x, y) in pairs.items()}
+
+
+def raw_loss(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor, **options) -> dict[str, Tensor]:
+    """What the paper's naive autoencoder minimises: L_rec of alpha and of the colour as stored, seen or not."""
+    return {"alpha": reconstruction_loss(as_grey(alpha_hat), as_grey(alpha), **options),
+            "raw": reconstruction_loss(rgb_hat, rgb, **options)}
 
 
 def tabd_mask(alpha: Tensor) -> Tensor:

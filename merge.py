@@ -80,13 +80,13 @@ class RGBAVAE(nn.Module):
     def encode(self, rgb, alpha, color=WHITE, chunk: int | None = 4):
         """rgb (b, 3, t, h, w) in [-1, 1], alpha (b, 1, t, h, w) in [0, 1], straight
         -> normalised latent (b, 16, t', h/8, w/8); chunk as in WanVAE.encode.
-        color (3,) or (b, 3): where alpha is 0; random in training, white where nothing is random."""
+        color (3,) or (b, 3): where alpha is 0; random in training, white where nothing is random; None: no render."""
         if self.middle is None:
             raise ValueError("this adapter holds decoders only; to encode give one with the merge block (*-VAE.bin)")
         if alpha.shape != rgb[:, :1].shape or rgb.shape[2] % 4 != 1 or (chunk and chunk % 4):
             raise ValueError(f"encode takes rgb (b,3,t,h,w) and alpha (b,1,t,h,w), t = 4k+1, chunk a multiple of 4; "
                              f"not {tuple(rgb.shape)}, {tuple(alpha.shape)}, {chunk}")
-        rendered, grey = hard_render(rgb, alpha, color), (2 * alpha - 1).expand_as(rgb)
+        rendered, grey = rgb if color is None else hard_render(rgb, alpha, color), (2 * alpha - 1).expand_as(rgb)
         caches = (None, None, None) if chunk is None else ({}, {}, {})
         parts = zip(chunks(rendered, 1, chunk), chunks(grey, 1, chunk))
         return self.vae.normalize(torch.cat([self.merged(*part, caches) for part in parts], dim=2))

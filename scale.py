@@ -13,22 +13,43 @@ resident results are the same bits (test_streamed_blocks_give_the_same_bits); tw
 Letters: b batch, n tokens, d width, a heads, p processes, o output rows, i inputs.
 dtype: as in dit.py; a float8 product runs in the dtype of its input, and its rows are scaled after it.
 """
+import argparse
 import copy
+import io
+import json
 import math
 import os
+import platform
 import re
+import signal
+import statistics
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+import imageio.v3 as iio
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from dit import DiTConfig, WanDiT, load_dit, open_dit, resident_dtype
+from data import replacing, save_text
+from dit import DiTConfig, WAN_14B, WanDiT, load_dit, open_dit, resident_dtype
+
+try:
+    import resource         # not on Windows
+except ImportError:
+    resource = None
 
 LARGEST_FLOAT8 = 448.0      # of float8_e4m3fn
 
@@ -152,8 +173,14 @@ def end_process_group() -> None:
         dist.destroy_process_group()
 
 
+def ranks() -> tuple[int, int]:
+    """This process's number and how many torchrun started; (0, 1) without it."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
 def processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return ranks()[1]
 
 
 def trade(x: Tensor) -> Tensor:
@@ -191,20 +218,23 @@ class SplitBlocks(nn.Module):
         return rearrange(trade(rearrange(y, "b a (p n) d -> p b a n d", p=p)), "p b a n d -> b (p a) n d")
 
 
-def shard_block(block: nn.Module) -> nn.Module:
-    """The block with each process keeping its rows of the matrices; the few float32 parameters stay whole."""
+def shard_block(block: nn.Module, training: bool = False) -> nn.Module:
+    """The block with each process keeping its rows of the matrices; the few float32 parameters, and in training the
+    adapters, stay whole."""
     from torch.distributed.fsdp import fully_shard      # a second of imports, for this alone
-    whole = {p for name, p in block.named_parameters() if resident_dtype(name, torch.bfloat16) == torch.float32}
+    whole = {p for name, p in block.named_parameters()
+             if training and p.requires_grad or resident_dtype(name, torch.bfloat16) == torch.float32}
     return fully_shard(block, reshard_after_forward=True, ignored_params=whole)
 
 
 # ---- loading
 
 def place_dit(model: WanDiT, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32, device="cpu",
-              offload: bool = False, fp8: bool = False, shard: bool = False) -> WanDiT:
+              offload: bool = False, fp8: bool = False, shard: bool = False, adapt=None) -> WanDiT:
     """Fills a model on the meta device with (name, tensor) pairs in the order of its state dict, one by one, ready to
-    be called. Without offload, fp8 and shard, in one process, it is what `load_dit` makes."""
-    check_ways(model.config, offload, fp8, shard)
+    be called. Without offload, fp8 and shard, in one process, it is what `load_dit` makes. adapt: for training, gives
+    a block its adapters; then every process runs the whole model, on a batch of its own."""
+    check_ways(model.config, offload, fp8, shard, split=adapt is None)
     if fp8:
         use_fp8(model.blocks)
     shapes, pages = model.state_dict(), PinnedPages()
@@ -222,11 +252,13 @@ def place_dit(model: WanDiT, tensors: Iterable[tuple[str, Tensor]], dtype: torch
                               torch.empty(value.shape, dtype=kind, device="cpu" if host else device))
                 state[key].copy_(value)
         model.load_state_dict(state, strict=False, assign=True)
+        if part and adapt:
+            adapt(model.get_submodule(part))
         if part and shard:
-            shard_block(model.get_submodule(part))
+            shard_block(model.get_submodule(part), training=adapt is not None)
     if offload:
         model.blocks = BlockStream(model.blocks, device)
-    if processes() > 1:
+    if processes() > 1 and not adapt:
         model.blocks = nn.ModuleList([SplitBlocks(model.blocks)])
     return model
 
@@ -241,12 +273,12 @@ def load_scaled(path: str | Path, adapters=(), dtype: torch.dtype = torch.float3
     return place_dit(model, tensors, dtype, device, offload, fp8, shard)
 
 
-def check_ways(config: DiTConfig, offload: bool, fp8: bool, shard: bool) -> None:
+def check_ways(config: DiTConfig, offload: bool, fp8: bool, shard: bool, split: bool = True) -> None:
     if shard and (offload or fp8):
         raise ValueError("--shard keeps a part of each matrix on every GPU; it does not go with --offload or --fp8")
     if shard and processes() == 1:
         raise ValueError("--shard needs several processes: start it with torchrun --nproc_per_node=N")
-    if config.num_heads % processes():
+    if split and config.num_heads % processes():
         raise ValueError(f"{config.num_heads} attention heads cannot be split over {processes()} processes; "
                          "start as many as divide them")
 
@@ -289,16 +321,442 @@ def dit_memory(model: WanDiT | DiTConfig, tokens: int, dtype: torch.dtype, offlo
     return outside + here + work + matrix, (blocks if offload else 0) + 12 * d * f
 
 
-if __name__ == "__main__":
-    config = DiTConfig(dim=256, ffn_dim=1024, num_heads=4, num_layers=8, text_dim=32, text_len=16)
-    dit, z, t, context = WanDiT(config), torch.randn(1, 16, 3, 8, 12), torch.tensor([750.0]), torch.randn(1, 7, 32)
-    nn.init.normal_(dit.head.head.weight, std=0.02)
+def training_memory(config: DiTConfig, tokens: int, rank: int = 32, ranks: int = 1, shard: bool = False,
+                    checkpoint: bool = True, offload: bool = False, batch: int = 1) -> dict[str, int]:
+    """Bytes on one GPU, by what takes them, and on the host, for training a DoRA of all the blocks' matrices on frozen
+    bfloat16 weights, each GPU on `batch` latents of so many tokens. An estimate.
+
+    adapters: float32, with gradients and AdamW's two moments, whole on every GPU. kept, between the blocks: the float32
+    residual stream, of which offload leaves two on the GPU; without checkpoint, all that the blocks keep for backward,
+    about 54 d + 6 f bytes a token (`python bench.py --train 14B --blocks 1` prints 360,292; flash attention). block:
+    the same of the one that is computed again, and its gradients at their most, 2 d + 4 f, or, if that is more, its
+    last matrix twice in float32 for DoRA's norm."""
+    with torch.device("meta"):
+        model = WanDiT(config)
+    d, f, n = config.dim, config.ffn_dim, batch * tokens
+    stream, saved = 4 * d * n, (54 * d + 6 * f) * n
+    kept = stream if checkpoint else stream + saved
+    work = max((2 * d + 4 * f) * n, 4 * d * n + 8 * d * f)
+    parts = dict(weights=dit_memory(model, 0, torch.bfloat16, ranks=ranks, shard=shard)[0],
+                 adapters=16 * sum(sum(p.shape) * rank + len(p) for p in model.blocks.parameters() if p.ndim == 2),
+                 kept=kept * (2 if offload else config.num_layers), block=work + (saved if checkpoint else 0))
+    return parts | dict(total=sum(parts.values()), host=kept * config.num_layers if offload else 0)
+
+
+# ---- a training run: one process or many, stopped and resumed at any step
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def add_loop_flags(add) -> None:
+    """The flags that `fit` and `make_optimizers` read, for both training commands; defaults are the paper's."""
+    add("--lr", type=float, default=1e-4, help="learning rate, after the warm-up falling to zero at the last step")
+    add("--warmup", type=positive, default=100, help="steps in which the learning rate rises to --lr")
+    add("--betas", type=float, nargs=2, default=(0.9, 0.999), help="AdamW's averages of gradient and square")
+    add("--weight-decay", type=float, default=0.01, help="of AdamW and Muon")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--muon", action="store_true", help="Muon for matrices and kernels, AdamW for the rest; without: AdamW for all")
+    add("--lora-plus", type=float, default=1.0, help="how many times larger the steps of LoRA's B are")
+    add("--accumulate", type=positive, default=1, help="passes that a batch is cut into: less memory, the same step")
+    add("--checkpoint", action="store_true", help="compute each block again in the backward pass: less memory, slower")
+    add("--checkpoint-offload", action="store_true", help="the same, what is kept between blocks in host memory")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 ...")
+    add("--bf16", action="store_true", help="compute in bfloat16, train float32: faster where the processor has it")
+    add("--compile", action="store_true",
+        help="torch.compile the blocks: faster after a minute or so, needs a C++ compiler")
+    add("--half", action="store_true", help="store the result in float16")
+    add("--seed", type=int, default=0, help="of weights, batches and noise")
+    add("--workers", type=int, default=min(4, max(1, (os.cpu_count() or 1) // 2)),
+        help="processes that read clips while the model trains; 0: none")
+    add("--start", help="checkpoint.pt of another run whose weights this run starts from")
+    add("--resume", action="store_true", help="go on from the last checkpoint of the same run")
+    add("--log-every", type=positive, default=50, help="steps between lines of log.jsonl")
+    add("--save-every", type=positive, default=500, help="steps between checkpoints and contact sheets")
+
+
+FREE = ("resume", "start", "device", "out", "cache", "workers", "log_every", "save_every", "eval", "checkpoint",
+        "checkpoint_offload", "accumulate", "compile", "shard", "half")       # may change when a run is resumed
+
+
+def record_run(run: Path, args) -> None:
+    """run/run.json: the arguments, seed and versions of a run."""
+    versions = dict(python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads(),
+                    processes=processes())
+    save_text(run / "run.json", json.dumps(dict(arguments=vars(args), versions=versions), indent=1) + "\n")
+
+
+def step_generator(seed: int, step: int, data: bool = False) -> torch.Generator:
+    """All the randomness of one step: of its noise, or of the choice of its data."""
+    return torch.Generator().manual_seed(2 * (seed * 1_000_003 + step) + data)
+
+
+def shares(n: int, rank: int, world: int, accumulate: int = 1) -> list[slice]:
+    """A process's parts of a batch of n, one a pass. All processes draw the random numbers of the whole batch, so that
+    any number of processes and passes makes the same steps. ValueError if n cannot be cut so."""
+    if n % (world * accumulate):
+        raise ValueError(f"a batch of {n} cannot be cut into {world * accumulate} equal parts ({world} processes, "
+                         f"--accumulate {accumulate}): make the batch a multiple of that")
+    size, begin = n // (world * accumulate), rank * n // world
+    return [slice(begin + k * size, begin + (k + 1) * size) for k in range(accumulate)]
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Each tensor becomes its mean over all processes, in place: one message for all."""
+    if processes() > 1:
+        together = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(together)
+        for tensor, mean in zip(tensors, (together / processes()).split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def make_optimizers(module: nn.Module, args) -> list:
+    """AdamW for what trains in `module`; with --muon, matrices and kernels (seen as c_out x rest) get
+    Muon, whose step has AdamW's size. LoRA's B, which starts at zero behind a scale of 1/rank, takes
+    steps --lora-plus times as large (arXiv 2402.12354)."""
+    trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
+    matrices = [k for k, p in trained.items() if args.muon and p.dim() >= 2 and min(p.shape[0], p[0].numel()) >= 8
+                and "token_embedding" not in k]
+    views = {k: nn.Parameter(trained[k].detach().flatten(1)) for k in matrices}       # the same memory, two axes
+
+    def groups(parameters):
+        by_scale = {}
+        for name, p in parameters.items():
+            by_scale.setdefault(args.lora_plus if name.endswith("lora_B") else 1, []).append(p)
+        return [dict(params=params, scale=scale) for scale, params in by_scale.items()]
+
+    def hand_over_gradients(*_):
+        for name, view in views.items():
+            grad = trained[name].grad
+            view.grad = None if grad is None else grad.flatten(1)
+    others = {k: p for k, p in trained.items() if k not in views}
+    optimizers = [torch.optim.AdamW(groups(others), args.lr, tuple(args.betas), weight_decay=args.weight_decay)]
+    if views:
+        optimizers.append(torch.optim.Muon(groups(views), args.lr, args.weight_decay, adjust_lr_fn="match_rms_adamw"))
+        optimizers[-1].register_step_pre_hook(hand_over_gradients)
+    return optimizers
+
+
+def learning_rate(step: int, steps: int, lr: float, warmup: int = 100) -> float:
+    """Linear warm-up, then linear towards zero."""
+    return lr * min((step + 1) / warmup, (steps - step) / steps)
+
+
+def checkpoint_blocks(module: nn.Module, kind: type, offload: bool = False) -> None:
+    """Every block of a kind keeps its inputs alone, in host memory if offload, and is computed again in backward."""
+    def checkpointed(forward, trains, *inputs):
+        if not (trains or inputs[0].requires_grad):
+            return forward(*inputs)
+        if not offload:
+            return checkpoint(forward, *inputs, use_reentrant=False)
+        first = inputs[0] if inputs[0].requires_grad else inputs[0].detach().requires_grad_()
+        with torch.autograd.graph.save_on_cpu(pin_memory=first.is_cuda):    # reentrant: its inputs count as saved
+            return checkpoint(forward, first, *inputs[1:], use_reentrant=True)
+    for block in module.modules():
+        if isinstance(block, kind):
+            trains = any(p.requires_grad for p in block.parameters())
+            block.forward = partial(checkpointed, block.forward, trains)
+
+
+def compile_blocks(module: nn.Module, kind: type) -> None:
+    """Fuses what lies between the products in all blocks of a kind; every shape and width is compiled anew."""
+    torch._dynamo.config.recompile_limit = 256
+    for block in module.modules():
+        if isinstance(block, kind):
+            block.compile(dynamic=False)
+
+
+def prepare_blocks(module: nn.Module, kind: type, args) -> None:
+    """As --checkpoint, --checkpoint-offload and --compile say."""
+    if args.checkpoint or args.checkpoint_offload:
+        checkpoint_blocks(module, kind, args.checkpoint_offload)
+    if args.compile:
+        compile_blocks(module, kind)
+
+
+class Batches(Dataset):
+    """What draw(step) makes, in workers. Their errors travel as values, for they would arrive as tracebacks."""
+
+    def __init__(self, draw):
+        self.draw = draw
+
+    def __getitem__(self, step):
+        try:
+            return self.draw(step)
+        except (ValueError, OSError) as error:
+            return error
+
+
+def as_it_is(batches):
+    return batches
+
+
+def ignore_interrupts(_) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches workers too, but the run ends its step
+
+
+def load_batches(draw, steps: range, args) -> Iterator:
+    """draw(step) of every step in order, some steps ahead of the training."""
+    ahead = dict(worker_init_fn=ignore_interrupts, prefetch_factor=4) if args.workers else {}
+    loader = DataLoader(Batches(draw), batch_size=None, sampler=steps, num_workers=args.workers, collate_fn=as_it_is,
+                        pin_memory=torch.device(args.device).type == "cuda", **ahead)
+    for batches in loader:
+        if isinstance(batches, Exception):
+            raise batches
+        yield batches
+
+
+@contextmanager
+def caught_signals() -> Iterator[list]:
+    """A list that takes the number of the first SIGINT or SIGTERM; the second one ends the process at once."""
+    caught, before = [], {}
+
+    def catch(number, _):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, catch) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def read_run(file, trained: dict) -> dict:
+    """A checkpoint.pt that `fit` wrote for a model with the same trained tensors."""
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        fits = {k: v.shape for k, v in saved["model"].items()} == {k: p.shape for k, p in trained.items()}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {file} to go on from; start without --resume or --start") from None
+    except Exception as error:
+        raise ValueError(f"{file} is not a checkpoint of a training here ({type(error).__name__})") from None
+    if not fits:
+        raise ValueError(f"{file} is of a model with other sizes or of another stage; give the flags it was made with")
+    return saved
+
+
+def go_on(args, run: Path, trained: dict, optimizers, clips: str) -> tuple[int, list, list]:
+    """Takes up --resume or --start: the first step, the losses and the lines of log.jsonl so far."""
+    if not (args.resume or args.start):
+        return 0, [], []
+    saved = read_run(run / "checkpoint.pt" if args.resume else args.start, trained)
     with torch.no_grad():
-        v = dit(z, t, context)
-        streamed = place_dit(copy.deepcopy(dit).to("meta"), dit.state_dict().items(), offload=True)
-        print(f"streamed: differs by {(streamed(z, t, context) - v).abs().max():.0f}")
-        small = place_dit(copy.deepcopy(dit).to("meta"), dit.state_dict().items(), fp8=True)
-        print(f"float8: differs by {(small(z, t, context) - v).norm() / v.norm():.1%}")
-    for way in ({}, dict(offload=True), dict(fp8=True)):
+        for name, value in saved["model"].items():
+            trained[name].copy_(value)
+    if not args.resume:
+        return 0, [], []
+    now = fixed_arguments(args) | dict(clips=clips)
+    if other := [name for name, value in now.items() if saved["arguments"].get(name) != value]:
+        raise ValueError(f"{run}/checkpoint.pt is of a run with other {', '.join(other)}: give what it was made with, "
+                         "or begin a new run from its weights by --start")
+    for optimizer, value in zip(optimizers, saved["optimizers"]):
+        optimizer.load_state_dict(value)
+    rows = [json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()]
+    return saved["step"], saved["losses"], [row for row in rows if row["step"] <= saved["step"]]
+
+
+def fixed_arguments(args) -> dict:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k not in FREE}
+
+
+def check_loss(loss: float, norm: float, losses: list, step: int, names: list, file: Path) -> None:
+    """ValueError if a step must not be taken: nothing of it is in the weights yet."""
+    usual = statistics.median(losses) if len(losses) >= 100 else 0
+    wild = 0 < 50 * usual < loss
+    if wild or not math.isfinite(loss + norm):
+        what = f"the loss {loss:.4g} is over 50 times its median {usual:.4g}" if wild else \
+            f"loss ({loss:.4g}) or gradient ({norm:.4g}) is not finite"
+        good = f"{file} holds the last good state" if file.exists() else "nothing was saved before"
+        raise ValueError(f"{what} at step {step}, clips {', '.join(map(str, names))}: look at these clips, or try a "
+                         f"smaller --lr; {good}")
+
+
+def fit(args, run: Path, model: nn.Module, optimizers, steps: int, draw, loss_fn, sheet_fn, clips: str = "") -> dict:
+    """Train `model` for `steps` steps; returns the summary, steps a second, peak of memory and so on.
+
+    draw(step) -> list of this process's batches of a step, one a pass, dicts with "names" of the clips; it runs in
+    workers. loss_fn(batch, generator) -> dict of scalars with "loss"; sheet_fn(path) draws what is learnt. clips
+    names the data. Writes run/log.jsonl, curves.png, sheet-STEP.png, summary.json, checkpoint.pt (trained tensors,
+    optimisers, step, losses). --resume goes on from there; --start takes another run's weights only. Of several
+    processes, each brings its share's loss; the first one writes. SIGINT and SIGTERM end the step, save and stop."""
+    first, file = ranks()[0] == 0, run / "checkpoint.pt"
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    start, losses, rows = go_on(args, run, trained, optimizers, clips)
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
+        if first:
+            save_text(run / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    earlier, waited, began, sums, count = rows[-1]["seconds"] if rows else 0, 0.0, time.perf_counter(), {}, 0
+    with open(run / "log.jsonl" if first else os.devnull, "a") as log, caught_signals() as caught:
+        batches = load_batches(draw, range(start, steps), args)
+        for step in (bar := tqdm(range(start, steps), initial=start, total=steps, mininterval=5, disable=not first)):
+            asked = time.perf_counter()
+            passes = next(batches)
+            waited += time.perf_counter() - asked
+            parts, stop = gradients(model, trained, passes, step, loss_fn, args.seed, bool(caught))
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
+            check_loss(parts["loss"], norm.item(), losses, step, passes[0]["names"], file)
+            losses = losses[-999:] + [parts["loss"]]
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["scale"] * learning_rate(step, steps, args.lr, args.warmup)
+                optimizer.step()
+            sums, count = {k: sums.get(k, 0) + v for k, v in parts.items()}, count + 1
+            last = stop or step + 1 == steps
+            if (step + 1) % args.log_every == 0 or last:
+                means = {k: round(v / count, 5) for k, v in sums.items()}
+                rows.append(dict(step=step + 1, seconds=round(earlier + time.perf_counter() - began, 1), **means))
+                with writing(run):
+                    print(json.dumps(rows[-1]), file=log, flush=True)
+                bar.set_postfix(means)
+                sums, count = {}, 0
+            if (step + 1) % args.save_every == 0 or last:
+                save_run(args, run, step + 1, trained, optimizers, losses, clips, rows, sheet_fn)
+            if stop:
+                stopped(step + 1, file)
+    seconds = time.perf_counter() - began
+    return dict(steps=steps, seconds=round(earlier + seconds, 1), steps_a_second=round((steps - start) / seconds, 3),
+                waited_for_data=round(waited / seconds, 4), peak_memory_gb=peak_memory(args.device))
+
+
+def gradients(model, trained: dict, passes: list, step: int, loss_fn, seed: int, stop: bool) -> tuple[dict, bool]:
+    """The gradients of one step in `trained`, and the means over all passes and processes: losses; whether to stop."""
+    model.zero_grad()           # not the optimisers': Muon's hold views of the parameters
+    parts = {}
+    for batch in passes:
+        some = loss_fn(batch, step_generator(seed, step))
+        (some["loss"] / len(passes)).backward()
+        parts = {name: parts.get(name, 0) + value.detach().float() / len(passes) for name, value in some.items()}
+    parts["stop"] = torch.tensor(float(stop), device=parts["loss"].device)
+    average([p.grad for p in trained.values() if p.grad is not None] + list(parts.values()))
+    parts = {name: value.item() for name, value in parts.items()}
+    return parts, parts.pop("stop") > 0
+
+
+def save_run(args, run: Path, step: int, trained, optimizers, losses, clips, rows, sheet_fn) -> None:
+    """The first process writes; a sharded model needs all of them to draw the sheet."""
+    file, buffer = run / "checkpoint.pt", io.BytesIO()
+    with writing(run):
+        if ranks()[0] == 0:
+            torch.save(dict(step=step, model=trained, optimizers=[o.state_dict() for o in optimizers], losses=losses,
+                            arguments=fixed_arguments(args) | dict(clips=clips)), buffer)
+            with replacing(file) as temporary:
+                temporary.write_bytes(buffer.getbuffer())
+            draw_curves(run / "curves.png", rows)
+        if ranks()[0] == 0 or getattr(args, "shard", False):
+            sheet_fn(run / f"sheet-{step:06d}.png")
+
+@contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """A full disk or a folder that cannot be written becomes one sentence."""
+    try:
+        yield
+    except OSError as error:
+        file = run / "checkpoint.pt"
+        kept = f"{file} is the last good state" if file.exists() else "nothing was saved before"
+        raise OSError(f"cannot write into {run} ({error.strerror or error}): make room or choose another --out; "
+                      f"{kept}") from None
+
+
+def stopped(step: int, file: Path) -> None:
+    end_process_group()
+    if ranks()[0] == 0:
+        print(f"stopped after step {step}; {file} holds it, --resume goes on", file=sys.stderr)
+    sys.exit(130)
+
+
+def peak_memory(device) -> float:
+    """GB at the peak so far: of the GPU, or of this process's host memory."""
+    if torch.device(device).type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+    if resource is None:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+
+def finish(run: Path, summary: dict) -> None:
+    """run/summary.json, and the same in a line on stdout."""
+    save_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
+    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in summary.items()))
+
+
+# ---- the curves of a training, drawn with numpy alone
+
+INK, CURVE, FAINT, FRAME = (60, 60, 60), (16, 42, 120), (232, 232, 236), (150, 150, 156)
+GLYPHS = dict(zip("abcdefghijklmnopqrstuvwxyz0123456789.-_,:", (int(bits, 16) for bits in (     # 5 rows of 3 pixels
+    "2bed 6bae 3923 6b6e 79a7 79a4 396b 5bed 7497 126a 5bad 4927 5f6d 6b6d 2b6a 6ba4 2b7b 6bad 388e 7492 5b6f "
+    "5b6a 5b7d 5aad 5a92 72a7 7b6f 2c97 73e7 72cf 5bc9 79cf 79ef 7252 7bef 7bcf 0002 01c0 0007 0014 0410").split())))
+
+
+def write(panel, text, y, right) -> None:
+    """Text on a panel (h w 3), its upper right corner at y, right: 10 pixels high, 8 a character, cut at the left."""
+    bits = np.array([GLYPHS.get(c, 0) for c in text.lower()])[:, None] >> np.arange(14, -1, -1) & 1
+    dots = np.pad(bits.reshape(-1, 5, 3), ((0, 0), (0, 0), (1, 0))).astype(bool)
+    dots = repeat(dots, "n h w -> (h i) (n w j)", i=2, j=2)[:, -min(right, panel.shape[1]):]
+    panel[y:y + 10, :right][:, -dots.shape[1]:][dots] = INK
+
+
+def unit(x):
+    """Numbers moved and stretched to [0, 1], 0.5 where all are alike; their lowest, their highest. Nan stays."""
+    finite = x[np.isfinite(x)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (np.nan, np.nan)
+    return (x - low) / (high - low) if low < high else 0 * x + 0.5, low, high
+
+
+def draw_curve(name, steps, values, width, height):
+    """One panel (height width 3): a scalar over steps, on a log axis if it is above 0 and spans more than 20 times."""
+    panel, h, w = np.full((height, width, 3), 255, np.uint8), height - 50, width - 88
+    values = np.where(np.isfinite(values), values, np.nan)
+    (x, _, last), (y, low, high) = unit(steps), unit(values)
+    if log := bool(0 < 20 * low < high):
+        y = unit(np.log10(values))[0]
+    plot = panel[26:26 + h, 76:76 + w]
+    plot[np.linspace(0, h - 1, 5).astype(int)] = plot[:, np.linspace(0, w - 1, 5).astype(int)] = FAINT
+    plot[[0, -1]] = plot[:, [0, -1]] = FRAME
+    x, y = 3 + x * (w - 8), 3 + (1 - y) * (h - 8)
+    n = int(np.nanmax(np.hypot(np.diff(x), np.diff(y)), initial=0)) + 1     # points a segment, so that it has no holes
+    x, y = (np.interp(np.arange((len(x) - 1) * n + 1) / n, np.arange(len(x)), k) for k in (x, y))
+    x, y = (k[np.isfinite(y)].round().astype(int) for k in (x, y))
+    for down, right in np.ndindex(2, 2):
+        plot[y + down, x + right] = CURVE
+    write(panel, title := name + ", log" * log, 8, 74 + 8 * len(title))
+    write(panel, f"{high:.3g}".replace("e+", "e"), 26, 68)
+    write(panel, f"{low:.3g}".replace("e+", "e"), 16 + h, 68)
+    write(panel, f"step {last:.0f}", 32 + h, 76 + w)
+    return panel
+
+
+def draw_curves(path, rows, width=360, height=200) -> None:
+    """A PNG with a panel of width x height pixels for each scalar of a training's log over the steps. rows: those
+    of log.jsonl; a number that is missing or not finite leaves a gap. No scalar, no file."""
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("step", "seconds"))
+    steps = np.array([row["step"] for row in rows], float)
+    panels = [draw_curve(name, steps, np.array([row.get(name, np.nan) for row in rows], float), width, height)
+              for name in names]
+    if panels:
+        columns = min(3, len(panels))
+        panels += [np.full_like(panels[0], 255)] * (-len(panels) % columns)
+        with replacing(path) as temporary:
+            iio.imwrite(temporary, rearrange(panels, "(r c) h w k -> (r h) (c w) k", c=columns), plugin="pillow")
+
+
+if __name__ == "__main__":
+    base, latent = Path(__file__).with_name("tiny"), torch.Generator().manual_seed(0)
+    resident, streamed, float8, half = (load_scaled(base, [(base / "t2v.safetensors", 1.0)], **way) for way in (
+        {}, dict(offload=True), dict(fp8=True), dict(dtype=torch.bfloat16)))
+    z, context = torch.randn(1, 16, 5, 8, 8, generator=latent), torch.randn(1, 9, 128, generator=latent)
+    for level in (1000.0, 937.5, 833.3, 625.0):
+        t = torch.tensor([level])
+        with torch.no_grad():
+            v, *others = (dit(z, t, context) for dit in (resident, streamed, float8, half))
+        print(f"t {level}: v differs " + ", ".join(f"{way} {(other - v).norm() / v.norm():.2%}" for way, other in zip(
+            ("streamed", "float8", "bfloat16"), others)))
+    for way in ({}, dict(offload=True), dict(fp8=True), dict(ranks=8, shard=True)):
         print(f"14B, 81 frames of 832x480, {way}:", "device {:.1f} GB, host {:.1f} GB".format(*(
-            x / 1e9 for x in dit_memory(DiTConfig(5120, 13824, 40, 40), 21 * 30 * 52, torch.bfloat16, **way))))
+            x / 1e9 for x in dit_memory(WAN_14B, 21 * 30 * 52, torch.bfloat16, **way))))

@@ -4,16 +4,20 @@
 their names.
 """
 
+import argparse
 import copy
+import errno
 import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +29,9 @@ import weakref
 import zipfile
 import zlib
 from argparse import Namespace
+from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -39,6 +45,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -50,7 +57,8 @@ import train_dit
 import train_vae
 from data import (COLORS, MATERIALS, MOTIONS, RGBADataset, SHAPES, bleed, cache_key, caption_of, checkerboard,
                   contact_sheet, held_out, over, procedural_clip, read_rgba, save_tensors, write_rgba)
-from dit import DiTConfig, WAN_14B, WAN_1_3B, WanDiT, load_dit, open_dit, read_config, rope_table, rotate, sinusoids
+from dit import (Block, DiTConfig, WAN_14B, WAN_1_3B, WanDiT, load_dit, open_dit, read_config, rope_table, rotate,
+                 sinusoids)
 from dora import (adapted_layers, adapter_state, add_dora, add_lora, load_adapter_state, merge_adapter, merge_tensor,
                   parse_adapter, read_adapter)
 from losses import (PALETTE, VGG, edge_loss, gradient_magnitude, hard_render, random_colors, reconstruction_loss,
@@ -1864,8 +1872,9 @@ def test_dataset_items_have_the_ranges_of_the_models(tmp_path):
     assert item["caption"] == "red soap bubble"
     to_and_fro = [0, 1, 2, 3, 4, 3, 2, 1, 0]
     assert np.array_equal((item["alpha"][0] * 255).round().numpy(), clip.alpha[to_and_fro])
-    assert np.allclose((item["rgb"].numpy() + 1) * 127.5, np.moveaxis(clip.rgb[to_and_fro], -1, 0), atol=0.01)
-    assert (samples[2]["rgb"] == samples[2]["rgb"][:, :1]).all()
+    rgb = np.moveaxis(bleed(clip.rgb, clip.alpha)[to_and_fro], -1, 0)
+    assert np.allclose((item["rgb"].numpy() + 1) * 127.5, rgb, atol=0.01)
+    assert (samples[2]["rgb"] != samples[2]["rgb"][:, :1]).any()
     frugal = RGBADataset(tmp_path, frames=3, cache_gb=0)
     assert frugal[0]["alpha"].shape[1] == 3 and not frugal.kept and len(samples.kept) == 3
 
@@ -1913,6 +1922,313 @@ def test_the_figure_shows_colour_and_alpha(tmp_path, monkeypatch, capsys):
     assert np.array_equal(sheet[:32, :32], over(clip.rgb[:1], clip.alpha[:1], checkerboard(32, 32))[0])
 
 
+# ---- the data set as a lab has it
+
+
+def grey(alpha):
+    return np.repeat(alpha[..., None], 3, -1)
+
+
+def lab_folder(root, csv_alpha="video_fgr,video_pha,prompt"):
+    """Clips in every layout that is accepted, 64 x 64 and 5 frames; returns the captions by name."""
+    clip = procedural_clip(4, frames=5, two=0)
+    write_rgba(root / "pairs/x.mp4", clip.rgb)
+    write_rgba(root / "pairs/x_seg.mp4", grey(clip.alpha))
+    write_rgba(root / "csv/fgr/a.mp4", clip.rgb)
+    write_rgba(root / "csv/fgr/a_alpha.mp4", 255 - grey(clip.alpha))      # the csv says otherwise
+    write_rgba(root / "csv/pha/a.mp4", grey(clip.alpha))
+    write_rgba(root / "csv/own.apng", clip.rgb, clip.alpha)
+    write_rgba(root / "csv/own_mask.png", np.zeros((5, 64, 64, 3), np.uint8))
+    write_rgba(root / "csv/frames/0001", clip.rgb, clip.alpha)
+    (root / "csv/metadata.csv").write_bytes(
+        f"\ufeffid,{csv_alpha}\r\n0,fgr/a.mp4,pha/a.mp4,\"a, b\nof a csv\"\r\n1,own.apng,,\r\n,,,\r\n"
+        f"2,{(root / 'csv/frames/0001').resolve()},,frames\r\n".encode())
+    (root / "csv/own.txt").write_text("own words", encoding="utf-8-sig")
+    for name in ("2.webm", "10.mov", "01.webp", "1.webp", "b/frames", "still.png"):
+        write_rgba(root / name, *((clip.rgb, clip.alpha) if name != "still.png" else (clip.rgb[:1], clip.alpha[:1])))
+        (root / f"{name.split('.')[0]}.txt").write_text(f"caption of {name}")
+    (root / ".hidden").mkdir()
+    write_rgba(root / ".hidden/a.png", clip.rgb, clip.alpha)
+    (root / "b/frames/._0000.png").write_bytes(b"no picture")
+    names = ["01.webp", "1.webp", "2.webm", "10.mov", "b/frames", "csv/fgr/a.mp4", "csv/frames/0001", "csv/own.apng",
+             "pairs/x.mp4", "still.png"]
+    return clip, dict(zip(names, ["caption of 01.webp", "caption of 1.webp", "caption of 2.webm", "caption of 10.mov",
+                                  "caption of b/frames", "a, b\nof a csv", "frames", "own words", "x",
+                                  "caption of still.png"]))
+
+
+@pytest.mark.parametrize("columns", ["video_fgr,video_pha,prompt", "video,alpha,prompt"])
+def test_a_folder_is_taken_as_a_lab_has_it(columns, tmp_path):
+    clip, captions = lab_folder(tmp_path, columns)
+    samples = RGBADataset(tmp_path, size=64, frames=5)
+    assert [samples.name(i) for i in range(len(samples))] == list(captions)                   # each once, in order
+    for i, (name, caption) in enumerate(captions.items()):
+        assert samples.caption(i) == caption and samples.samples[i].path == tmp_path / name
+        rgb, alpha = samples.source(i)
+        assert len(rgb) == (1 if name == "still.png" else 5)
+        assert np.abs(alpha.astype(float) - clip.alpha[:len(rgb)]).mean() < 3, name
+    own = tmp_path / "csv/own.apng"                                       # a black matte lies beside it
+    assert not read_rgba(own)[1].any() and read_rgba(own, tmp_path / "csv/pha/a.mp4")[1].any()
+
+
+def test_other_files_beside_the_frames_of_a_clip_are_found_too(tmp_path):
+    clip = procedural_clip(4, frames=2)
+    for name in ("a/0.png", "a/1.PNG", "a/x.mp4", "a/x_pha.mp4", "a/b/c.webm"):
+        write_rgba(tmp_path / name, clip.rgb[:1], clip.alpha[:1])
+    found = data.find_samples(tmp_path)
+    mattes = {sample.name: sample.matte and sample.matte.name for sample in found}
+    assert mattes == {"a": None, "a/b/c.webm": None, "a/x.mp4": "x_pha.mp4"}
+    assert len(data.read_pair(found[0].path, None)[0]) == 2
+
+
+def test_pictures_that_a_csv_names_singly_are_stills(tmp_path):
+    clip = procedural_clip(4, frames=2)
+    write_rgba(tmp_path / "stills", clip.rgb, clip.alpha)
+    assert [s.name for s in data.find_samples(tmp_path)] == ["stills"]
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list/metadata.csv").write_text(
+        "video,alpha,prompt\n../stills/0001.png,,one\n../stills/0000.png,,zero\n")
+    assert [(s.name, s.caption) for s in data.find_samples(tmp_path)] == [("stills/0000.png", "zero"),
+                                                                         ("stills/0001.png", "one")]
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (b"", "columns"), (b"file_name,text\na.mp4,b\n", "columns"), (b"video;alpha;prompt\na;b;c\n", "columns"),
+    (b"video,alpha,prompt\n", "lacks rows"), (b"video,alpha,prompt\n,,\n\n", "lacks rows"),
+    (b"video,alpha,prompt\n,a.mp4,b\n", "lacks a video in a row"),
+    ("video,alpha,prompt\na,,ä\n".encode("latin-1"), "UTF-8"),
+    (b"video,alpha,prompt\na,," + b"b" * 200_000, "UTF-8")])
+def test_a_wrong_csv_is_one_sentence(content, sentence, tmp_path, capsys):
+    (tmp_path / "metadata.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"metadata.csv .*{sentence}"):
+        RGBADataset(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        data.main([str(tmp_path), "--check"])
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_hidden_colour_makes_no_difference(tmp_path):
+    clip = procedural_clip(5, frames=3, material="glass", two=0)
+    for name, colour in (("black", 0), ("red", (255, 0, 0))):
+        write_rgba(tmp_path / name, np.where(clip.alpha[..., None] > 0, clip.rgb, colour).astype(np.uint8), clip.alpha)
+        write_rgba(tmp_path / f"{name}_still.png", *(x[:1] for x in read_rgba(tmp_path / name)))
+    for options in (dict(), dict(size=48), dict(size=(32, 80), keep_aspect=True), dict(frames=7)):
+        samples = RGBADataset(tmp_path, **(dict(size=64, frames=3) | options))
+        for a, b in ((0, 2), (1, 3)):
+            assert [samples.name(a), samples.name(b)] in (["black", "red"], ["black_still.png", "red_still.png"])
+            if a == 0:
+                assert np.array_equal(samples.clip(a)[0], samples.clip(b)[0])
+            crops = [train_vae.crop(*samples.source(i), 3, 32, 64, (0.5, 0.5, 0.3, 0.7)) for i in (a, b)]
+            assert np.array_equal(crops[0][0], crops[1][0]) and crops[0][1].any()
+            assert (samples.clip(b)[0] != samples.clip(b)[0][..., :1]).any()
+    rgb, alpha = RGBADataset(tmp_path, 64, 3).clip(2)
+    assert np.array_equal(rgb, bleed(*read_rgba(tmp_path / "red"))) and np.array_equal(alpha, clip.alpha)
+
+
+def test_a_clip_in_parts_is_the_whole_clip(tmp_path, monkeypatch):
+    write_rgba(tmp_path / "a", *(lambda c: (c.rgb, c.alpha))(procedural_clip(3, size=(300, 700), frames=9)))
+    rgb, alpha = read_rgba(tmp_path / "a")
+    samples = RGBADataset(tmp_path, size=(64, 48), frames=9)
+    for part, whole in zip(samples.clip(0), data.cover(rgb, alpha, (64, 48))):
+        assert np.array_equal(part, whole)
+
+
+def test_a_window_slides_over_a_still(tmp_path):
+    y, x = np.mgrid[:160, :160].astype(np.uint8)
+    write_rgba(tmp_path / "a.png", np.stack([x, y, 0 * x], -1)[None], np.full((1, 160, 160), 255, np.uint8))
+    samples, ways = RGBADataset(tmp_path, size=128, frames=17), set()
+    for variant in range(20):
+        rgb, alpha = samples.clip(0, variant)
+        assert rgb.shape == (17, 128, 128, 3) and alpha.min() == 255
+        left, top = rgb[:, 0, 0, 0].astype(int), rgb[:, 0, 0, 1].astype(int)
+        assert {left[0], left[-1]} == {top[0], top[-1]} == {0, 32}                            # 0.8 of 160, end to end
+        assert (np.abs(np.diff(left)) == 2).all() and (np.abs(np.diff(top)) == 2).all()       # a straight line, even
+        assert np.array_equal(rgb[8], rgb[8, :1, :1] + np.stack([x, y, 0 * x], -1)[:128, :128])
+        ways.add((left[0], top[0]))
+        assert np.array_equal(rgb, samples.clip(0, variant)[0])
+    assert len(ways) == 4
+    samples = RGBADataset(tmp_path, size=160, frames=1)
+    assert all(np.array_equal(samples.clip(0, v)[0][0], np.stack([x, y, 0 * x], -1)) for v in (0, 1))
+    assert samples.geometry(0) == samples.geometry(0, 3)
+
+
+def test_a_variant_is_one_window_of_a_clip(tmp_path):
+    y, x = np.mgrid[:100, :200].astype(np.uint8)
+    frames = np.stack([np.stack([x, y, 0 * x + 9 * t], -1) for t in range(3)])
+    write_rgba(tmp_path / "a", frames, np.full((3, 100, 200), 255, np.uint8))
+    write_rgba(tmp_path / "b", frames, np.full((3, 100, 200), 255, np.uint8))
+    samples, widths, places = RGBADataset(tmp_path, size=(100, 200), frames=5), [], []
+    assert np.array_equal(samples.clip(0)[0], frames[[0, 1, 2, 1, 0]])
+    assert samples.clip(0)[0].shape == (5, 100, 200, 3)
+    for variant in range(1, 60):
+        rgb, _ = samples.clip(0, variant)
+        assert rgb.shape == (5, 100, 200, 3)
+        low, high = rgb[:, 50, 0, 0].astype(int), rgb[:, 50, -1, 0].astype(int)
+        assert np.ptp(low) == np.ptp(high) == 0 and (rgb[:, 50, 50, 2] == [0, 9, 18, 9, 0]).all()
+        widths.append((high - low + 1)[0] / 200)
+        places.append(low[0])
+    assert 0.79 < min(widths) < 0.83 and 0.97 < max(widths) <= 1 and min(places) < 3 and max(places) > 20
+    assert not np.array_equal(samples.clip(0, 1)[0], samples.clip(1, 1)[0])                   # seeded with i as well
+    assert np.array_equal(samples.clip(0, 1)[0], RGBADataset(tmp_path, (100, 200), 5).clip(0, 1)[0])
+
+
+def test_the_aspect_can_be_kept(tmp_path):
+    clip = procedural_clip(1, size=(270, 480), frames=2)
+    write_rgba(tmp_path / "a", clip.rgb, clip.alpha)
+    assert RGBADataset(tmp_path, 64, 2).clip(0)[1].shape == (2, 64, 64)
+    assert RGBADataset(tmp_path, 64, 2, keep_aspect=True).clip(0)[1].shape == (2, 48, 80)
+    assert RGBADataset(tmp_path, (40, 100), 2, keep_aspect=True).clip(0, 1)[1].shape == (2, 48, 80)
+    assert data.area_size(1080, 1920, 640 * 624) == (480, 848) and data.area_size(1920, 1080, 640 * 624) == (848, 480)
+    assert data.area_size(624, 640, 640 * 624) == (624, 640) and data.area_size(10, 9000, 64 * 64) == (16, 1920)
+
+
+def test_content_is_the_bytes_and_geometry_the_rest(tmp_path):
+    clip = procedural_clip(1, size=32, frames=2)
+    for name in ("a", "b.apng", "c.png"):
+        write_rgba(tmp_path / name, clip.rgb[:1 + (name < "c")], clip.alpha[:1 + (name < "c")])
+    write_rgba(tmp_path / "a_pha", grey(clip.alpha))
+    samples = RGBADataset(tmp_path, 32, 5)
+    frames = sorted((tmp_path / "a").iterdir()) + sorted((tmp_path / "a_pha").iterdir())
+    files = [frames, [tmp_path / "b.apng"], [tmp_path / "c.png"]]
+    for i, paths in enumerate(files):
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+        assert samples.content(i) == cache_key(*digests) and data.file_key(paths[0]) == digests[0]
+    first = samples.content(0)
+    write_rgba(tmp_path / "a_pha", 255 - grey(clip.alpha))
+    assert samples.content(0) != first
+    assert samples.geometry(0) == samples.geometry(1) != samples.geometry(1, 1) != samples.geometry(1, 2)
+    assert samples.geometry(0, 1) != samples.geometry(1, 1)
+    still = RGBADataset(tmp_path, 32, 5)
+    still.samples.append(still.samples[2])
+    assert len({still.geometry(1), still.geometry(2), still.geometry(3), still.geometry(3, 1)}) == 4
+    others = [RGBADataset(tmp_path, *arguments) for arguments in ((48, 5), (32, 9), (32, 5, 4.0, True), ((32, 48), 5))]
+    assert len({s.geometry(0) for s in (samples, *others)}) == 5
+
+
+def test_the_cache_keeps_whole_clips_up_to_its_size(tmp_path):
+    clip = procedural_clip(1, size=32, frames=6)
+    for name in "abc":
+        write_rgba(tmp_path / name, clip.rgb, clip.alpha)
+    size = 6 * 32 * 32 * 4
+    samples = RGBADataset(tmp_path, 32, 2, cache_gb=2.5 * size / 2 ** 30)
+    assert [len(samples.source(i)[0]) for i in (0, 1, 2, 0)] == [6] * 4 and len(samples.kept) == 2
+    assert samples.source(0)[0] is samples.source(0)[0] and samples.source(2)[0] is not samples.source(2)[0]
+    assert np.shares_memory(samples.clip(0)[1], samples.source(0)[1])     # nothing changes, nothing is computed
+
+
+def bad_folder(root, good=30):
+    clip = procedural_clip(4, size=32, frames=5)
+    for i in range(good):
+        write_rgba(root / f"{i}.apng", clip.rgb, clip.alpha)
+        (root / f"{i}.txt").write_text("a thing")
+    write_rgba(root / "short.mp4", clip.rgb)
+    write_rgba(root / "short_pha.mp4", grey(clip.alpha[:3]))
+    (root / "broken.webm").write_bytes(b"no video")
+    write_rgba(root / "latin.png", clip.rgb[:1], clip.alpha[:1])
+    (root / "latin.txt").write_bytes("Bällchen".encode("latin-1"))
+    return clip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_clips_are_named_and_left_out(workers, tmp_path, capsys, monkeypatch):
+    clip = bad_folder(tmp_path)
+    write_rgba(tmp_path / "blank.mp4", clip.rgb[:1])
+    samples = RGBADataset(tmp_path, 32, 5)
+    rows = samples.check(workers)
+    assert [row["name"] for row in rows] == [samples.name(i) for i in range(34)]
+    good, bad = [r for r in rows if not r["error"]], {r["name"]: r["error"] for r in rows if r["error"]}
+    assert good[0] | dict(name="") == dict(
+        name="", bytes=(tmp_path / "0.apng").stat().st_size + 7, changed=good[0]["changed"], frames=5, height=32,
+        width=32, opaque=(clip.alpha == 255).mean(), semi=((clip.alpha > 0) & (clip.alpha < 255)).mean(),
+        transparent=(clip.alpha == 0).mean(), caption=True, error=None)
+    assert good[0]["changed"] == max((tmp_path / f"0.{k}").stat().st_mtime for k in ("apng", "txt"))
+    assert good[-1]["name"] == "blank.mp4" and not good[-1]["caption"] and good[-1]["opaque"] == 1
+    assert bad.keys() == {"short.mp4", "broken.webm", "latin.png"}
+    assert all(sentence in bad[name] for name, sentence in (
+        ("short.mp4", "make them equal"), ("broken.webm", "cannot be read"), ("latin.png", "UTF-8")))
+    capsys.readouterr()
+    samples.drop_bad(rows)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(samples) == 31 and lines == [f"skipped: {error}" for error in bad.values()] + ["skipped 3 of 34 clips"]
+    assert [samples.caption(i) for i in (0, 30)] == ["a thing", "blank"] and samples[30]["name"] == "blank.mp4"
+
+    rows = json.loads(json.dumps(rows))                                   # as a file keeps them
+    (tmp_path / "0.apng").write_bytes((tmp_path / "1.apng").read_bytes() + b" ")
+    (tmp_path / "latin.txt").write_text("ball")
+    write_rgba(tmp_path / "new.png", clip.rgb[:1], clip.alpha[:1])
+    read, examine = [], data.examine
+    monkeypatch.setattr(data, "examine", lambda sample: read.append(sample.name) or examine(sample))
+    again = RGBADataset(tmp_path, 32, 5).check(known=rows)
+    assert read == ["0.apng", "latin.png", "new.png"] and len(again) == 35
+    assert [row for row in again if row["name"] not in read] == [row for row in rows if row["name"] not in read]
+
+
+def test_more_than_one_bad_clip_in_ten_is_an_error(tmp_path):
+    bad_folder(tmp_path, good=27)
+    samples = RGBADataset(tmp_path)
+    samples.drop_bad(samples.check())
+    (tmp_path / "0.apng").write_bytes(b"")
+    samples = RGBADataset(tmp_path)
+    with pytest.raises(ValueError, match=r"4 of 30 clips in .* 0.apng, broken.webm, latin.png;.*--check"):
+        samples.drop_bad(samples.check())
+    for path in tmp_path.glob("*.apng"):
+        path.unlink()
+    samples = RGBADataset(tmp_path)
+    with pytest.raises(ValueError, match="3 of 3 clips"):
+        samples.drop_bad(samples.check())
+
+
+def test_files_that_a_csv_misses_are_bad_clips(tmp_path, capsys):
+    clip = procedural_clip(4, size=32, frames=2)
+    write_rgba(tmp_path / "a.apng", clip.rgb, clip.alpha)
+    rows = ["a.apng,,x"] * 20 + ["gone.mp4,,y", "a.apng,lost.mp4,z"]
+    (tmp_path / "metadata.csv").write_text("\n".join(["video,alpha,prompt", *rows]))
+    rows = RGBADataset(tmp_path).check()
+    assert [row["error"] for row in rows if row["error"]] == [f"there is no file or folder {tmp_path / name}."
+                                                              for name in ("lost.mp4", "gone.mp4")]
+
+
+def test_a_process_that_ends_while_reading_is_one_sentence(tmp_path, monkeypatch):
+    write_rgba(tmp_path / "a.png", np.zeros((1, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(data, "decode", lambda path: os._exit(1))
+    with pytest.raises(OSError, match="use fewer than 2 workers"):
+        RGBADataset(tmp_path).check(workers=2)
+
+
+def test_check_says_what_a_folder_holds(tmp_path, capsys):
+    def check(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            data.main([*arguments, "--check"])
+        return stop.value.code, *capsys.readouterr()
+
+    clip = bad_folder(tmp_path, good=26)
+    write_rgba(tmp_path / "wide.png", np.zeros((1, 16, 64, 3), np.uint8))
+    os.utime(tmp_path, (0, 0))
+    before = sorted((p.name, p.stat().st_mtime) for p in [tmp_path, *tmp_path.iterdir()])
+    code, said, _ = check(str(tmp_path), "--workers", "1")
+    assert sorted((p.name, p.stat().st_mtime) for p in [tmp_path, *tmp_path.iterdir()]) == before
+    table = {line[:36].strip(): line[36:] for line in said.splitlines()[:-3]}
+    assert code == 0 and table["clips"] == "30" and table["captions missing"] == "1"
+    assert table["pairs of unequal length or size"] == "1" and table["cannot be read"] == "2"
+    assert table["frames: min, median, max"] == "1  5  5" and table["width / height: min, median, max"] == "1  1  4"
+    assert table["height x width (clips)"] == "32 x 32 (26), 16 x 64 (1)"
+    pixels = 26 * clip.alpha.size + 16 * 64
+    assert table["transparent pixels"] == f"{26 * (clip.alpha == 0).sum() / pixels:.1%}"
+    assert table["opaque pixels"] == f"{(26 * (clip.alpha == 255).sum() + 16 * 64) / pixels:.1%}"
+    assert table["no transparency at all"].startswith("1  (warning")
+    assert [name in line for name, line in zip(("broken", "latin", "short"), said.splitlines()[-3:])] == [True] * 3
+    (tmp_path / "0.apng").write_bytes(b"")
+    assert check(str(tmp_path))[0] == 2
+    for path in tmp_path.iterdir():
+        path.unlink()
+    (tmp_path / "a.png").write_bytes(b"")
+    code, said, _ = check(str(tmp_path))
+    assert code == 2 and "a.png" in said
+    for arguments in ((), (str(tmp_path), "--workers=-1")):
+        code, _, message = check(*arguments)
+        assert code == 2 and "--check needs" in message and message.count("\n") == 1
+
+
 # ---- training
 
 
@@ -1923,11 +2239,11 @@ def trained_folder(folder):
     """The four trainings, four steps each at the smallest size: a whole checkpoint folder."""
     data, out = str(folder / "data"), str(folder / "base")
     assert run_command("data.py", data, "--clips", "3", "--size", "32", "--frames", "5") == 0
-    steps = {"vae-base": ["--stage", "base", "--schedule", "2:1:16:2,2:5:32:1", "--dim", "8"],
+    steps = {"vae-base": ["--stage", "base", "--schedule", "2:1:16:2,2:5:32:2", "--dim", "8"],
              "dit-base": ["--stage", "base", "--steps", "4", "--batch", "2", "--dim", "24", "--heads", "2",
                           "--layers", "1", "--text-dim", "16", "--text-layers", "1", "--text-len", "48",
                           "--frames", "5"],
-             "vae-rgba": ["--schedule", "4:5:32:1", "--rank", "2", "--perceptual", "0"],
+             "vae-rgba": ["--schedule", "4:5:32:2", "--rank", "2", "--perceptual", "0"],
              "dit-rgba": ["--steps", "4", "--batch", "2", "--rank", "2", "--frames", "5"]}
     commands = {}
     for name, flags in steps.items():
@@ -1956,14 +2272,14 @@ def test_all_four_trainings_resume_bit_for_bit(tmp_path, monkeypatch):
         shutil.rmtree(out / name)
         (out / results[name]).unlink()
 
-        generator = train_vae.step_generator
+        generator = scale.step_generator
 
         def killed(seed, step):
             if step == 2:
                 raise KeyboardInterrupt
             return generator(seed, step)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(train_vae, "step_generator", killed)
+            patch.setattr(scale, "step_generator", killed)
             script.main(arguments)
         assert not (out / results[name]).exists() and (out / name / "checkpoint.pt").exists()
         script.main([*arguments, "--resume"])
@@ -1973,6 +2289,13 @@ def test_all_four_trainings_resume_bit_for_bit(tmp_path, monkeypatch):
     assert adapter["vae_fgr.decoder.conv1.conv3D.lora_A.default.weight"].shape == (2, 16, 3, 3, 3)
     assert adapter["vae_pha.decoder.middle.1.to_qkv.lora_B.default.weight"].shape == (96, 2, 1, 1)
     assert "blocks.0.cross_attn.o.lora_magnitude_vector.default.weight" in load_file(out / "t2v.safetensors")
+
+
+def loop_args(**changed):
+    """The defaults of the flags that both training commands share."""
+    parser = argparse.ArgumentParser()
+    scale.add_loop_flags(parser.add_argument)
+    return Namespace(**vars(parser.parse_args([])) | changed)
 
 
 def small_rgba():
@@ -1988,7 +2311,7 @@ def test_rgba_step_learns_and_leaves_the_base_alone():
     rgba = small_rgba()
     base = {k: v.clone() for k, v in rgba.state_dict().items() if "lora" not in k and not k.startswith("middle")}
     rgb, alpha = named("step.rgb", (1, 3, 5, 16, 16)).tanh(), named("step.alpha", (1, 1, 5, 16, 16)).sigmoid()
-    optimizers = train_vae.make_optimizers(rgba, Namespace(lr=3e-3, muon=True, lora_plus=16))
+    optimizers = train_vae.make_optimizers(rgba, loop_args(lr=3e-3, muon=True, lora_plus=16))
     losses = []
     for _ in range(12):
         loss = train_vae.rgba_step(rgba, rgb, alpha, train_vae.step_generator(0, 0))["loss"]
@@ -2008,7 +2331,7 @@ def test_muon_moves_kernels_as_matrices():
     kernel, matrix = (torch.nn.Parameter(named("kernel", shapes[0]).reshape(shape)) for shape in shapes)
     for p in (kernel, matrix):
         module = torch.nn.ParameterList([p, torch.nn.Parameter(torch.ones(1))])
-        _, muon = train_vae.make_optimizers(module, Namespace(lr=0.1, muon=True, lora_plus=1))
+        _, muon = train_vae.make_optimizers(module, loop_args(lr=0.1, muon=True))
         (p * named("slope", (16, 18)).reshape(p.shape)).sum().backward()
         muon.step()
     assert torch.equal(kernel.flatten(1), matrix) and not torch.equal(matrix, named("kernel", (16, 2, 3, 3)).flatten(1))
@@ -2052,6 +2375,342 @@ def test_trainings_refuse_wrong_input_in_one_sentence(script, arguments, sentenc
     assert train_vae.one_sentence(lambda: script.main(arguments)) == 2
     said = capsys.readouterr().err.strip().split("error: ")[-1]
     assert re.search(sentence, said) and "\n" not in said
+
+
+def a_training(folder, *flags, steps=30):
+    """A short DoRA training on tiny/, whose latents are in the cache: fit for being stopped."""
+    arguments = [str(folder / "data"), "--out", str(folder / "out"), "--cache", str(folder / "cache"), "--steps",
+                 str(steps), "--batch", "2", "--rank", "2", "--size", "32", "--frames", "5", "--seed", "3", "--muon",
+                 "--save-every", "1", "--log-every", "1", "--lr", "1e-3", *flags]
+    if not (folder / "data").exists():
+        data.main([str(folder / "data"), "--clips", "3", "--size", "32", "--frames", "5"])
+        args = train_dit.parse_args(arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_dit, "load_rgba_vae", load_rgba_vae)
+            train_dit.rgba_latents(args, RGBADataset(args.data, args.size, args.frames, keep_aspect=True))
+    return arguments
+
+
+@pytest.fixture
+def no_sheets(monkeypatch):
+    for name in ("sample", "load_rgba_vae", "contact_sheet"):
+        monkeypatch.setattr(train_dit, name, lambda *_, **__: [])
+
+
+def started(arguments):
+    """The training in a process of its own."""
+    torch.set_num_threads(1)
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: sys.exit(train_vae.one_sentence(lambda: train_dit.main(arguments))))
+    process.start()
+    return process
+
+
+def steps_done(out):
+    log = out / "dit-rgba/log.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.time() + seconds
+    while not condition() and process.is_alive() and time.time() < end:
+        time.sleep(0.002)
+
+
+def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path, no_sheets):
+    """SIGKILL at a random moment, ten times: the checkpoint is always whole, and the end is that of an unbroken run."""
+    arguments, chance = a_training(tmp_path), random.Random(0)
+    process = started(arguments)
+    process.join()
+    expected = load_file(tmp_path / "out/t2v.safetensors")
+    shutil.rmtree(tmp_path / "out")
+    for kill in range(10):
+        resume = ["--resume"] if (tmp_path / "out/dit-rgba/checkpoint.pt").exists() else []
+        process, reached = started([*arguments, *resume]), steps_done(tmp_path / "out")
+        wait_for(lambda: steps_done(tmp_path / "out") > reached + chance.randint(0, 2) or
+                 reached == 0 and steps_done(tmp_path / "out"), process)
+        time.sleep(chance.uniform(0, 0.05))
+        assert process.is_alive(), "it ended before it was killed"
+        process.kill()
+        process.join()
+    assert not (tmp_path / "out/t2v.safetensors").exists()
+    process = started([*arguments, "--resume"])
+    process.join()
+    got = load_file(tmp_path / "out/t2v.safetensors")
+    assert process.exitcode == 0 and all(torch.equal(got[k], expected[k]) for k in expected)
+    assert [json.loads(row)["step"] for row in (tmp_path / "out/dit-rgba/log.jsonl").open()] == list(range(1, 31))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(number, tmp_path, no_sheets, capfd):
+    arguments = a_training(tmp_path, steps=500)
+    process = started(arguments)
+    wait_for(lambda: steps_done(tmp_path / "out") >= 2, process)
+    os.kill(process.pid, number)
+    process.join(30)
+    saved = torch.load(tmp_path / "out/dit-rgba/checkpoint.pt", weights_only=True)
+    assert process.exitcode == 130 and saved["step"] == steps_done(tmp_path / "out") < 500
+    said = capfd.readouterr().err
+    assert f"stopped after step {saved['step']}" in said and "--resume" in said and "Traceback" not in said
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, no_sheets, monkeypatch, capsys):
+    arguments, replacing = a_training(tmp_path, steps=6), scale.replacing
+
+    @contextmanager
+    def full(path):
+        if path.name == "checkpoint.pt" and steps_done(tmp_path / "out") == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        with replacing(path) as temporary:
+            yield temporary
+    monkeypatch.setattr(scale, "replacing", full)
+    assert train_vae.one_sentence(lambda: train_dit.main(arguments)) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot write into" in said and "No space left" in said and "checkpoint.pt is the last good state" in said
+    assert torch.load(tmp_path / "out/dit-rgba/checkpoint.pt", weights_only=True)["step"] == 3
+    monkeypatch.undo()
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    assert train_vae.one_sentence(lambda: train_dit.main([*arguments, "--out", str(file / "out")])) == 2
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, no_sheets, monkeypatch, capsys):
+    arguments, step = a_training(tmp_path, "--workers", "0", steps=6), train_dit.flow_step
+    calls = []
+
+    def broken(*args):
+        calls.append(1)
+        return {name: value * (float("nan") if len(calls) == 4 else 1) for name, value in step(*args).items()}
+    monkeypatch.setattr(train_dit, "flow_step", broken)
+    assert train_vae.one_sentence(lambda: train_dit.main(arguments)) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"not finite at step 3, clips 0000\d.apng, 0000\d.apng: .*checkpoint.pt holds the last good", said)
+    saved = torch.load(tmp_path / "out/dit-rgba/checkpoint.pt", weights_only=True)
+    assert saved["step"] == 3 and all(bool(x.isfinite().all()) for x in saved["model"].values())
+    usual = [0.1] * 200
+    scale.check_loss(4.9, 1.0, usual, 200, ["a"], tmp_path / "c.pt")
+    scale.check_loss(9.0, 1.0, usual[:50], 50, ["a"], tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="over 50 times its median 0.1 at step 200, clips a: .*nothing was saved"):
+        scale.check_loss(5.1, 1.0, usual, 200, ["a"], tmp_path / "c.pt")
+
+
+def test_resume_wants_the_same_run(tmp_path, no_sheets):
+    arguments = a_training(tmp_path, steps=2)
+    train_dit.main(arguments)
+    for flags, named in ((["--lr", "2e-3"], "lr"), (["--mean", "0.1", "--seed", "4"], "seed, mean|mean, seed")):
+        with pytest.raises(ValueError, match=f"of a run with other ({named}): .*--start"):
+            train_dit.main([*arguments, *flags, "--resume"])
+    train_dit.main([*arguments, "--resume", "--workers", "2", "--save-every", "7"])
+    (tmp_path / "data/00002.apng").unlink()
+    with pytest.raises(ValueError, match="of a run with other clips"):
+        train_dit.main([*arguments, "--resume"])
+
+
+def test_summary_and_curves_are_written(tmp_path, no_sheets, capsys):
+    train_dit.main(a_training(tmp_path, steps=3))
+    summary = json.loads((tmp_path / "out/dit-rgba/summary.json").read_text())
+    assert summary["steps"] == 3 and 0 <= summary["waited_for_data"] <= 1 and summary["peak_memory_gb"] > 0.1
+    assert iio.imread(tmp_path / "out/dit-rgba/curves.png").shape[2] == 3
+    assert "steps a second" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out/dit-rgba/run.json").read_text())
+    assert record["arguments"]["betas"] == [0.9, 0.999] and record["versions"]["processes"] == 1
+
+
+def draw_number(step):
+    if step == 5:
+        raise ValueError("clip.mov cannot be read")
+    return [dict(step=step, x=torch.full((2,), float(step)))]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_bring_batches_in_order_and_errors_as_they_are(workers):
+    batches = scale.load_batches(draw_number, range(2, 8), loop_args(workers=workers, device="cpu"))
+    assert [next(batches)[0]["x"].tolist() for _ in range(3)] == [[2.0] * 2, [3.0] * 2, [4.0] * 2]
+    with pytest.raises(ValueError, match="^clip.mov cannot be read$"):
+        next(batches)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_checkpointed_blocks_keep_little_and_give_the_same_gradients(offload):
+    def gradients(model, *inputs):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            y = model(*inputs)
+        y.square().sum().backward()
+        return sum(kept), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    models = [add_dora(tiny_dit(), 2, 2, train_dit.DORA_TARGETS) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for block in models[1].blocks:
+        assert any(p.requires_grad for p in block.parameters())
+    scale.checkpoint_blocks(models[1], Block, offload)
+    (plain, expected), (kept, got) = (gradients(model, *dit_inputs()) for model in models)
+    assert kept < plain / 3 and expected.keys() == got.keys() and len(got) == 60
+    for name in expected:
+        assert (got[name] - expected[name]).abs().max() <= 1e-6 * max(1, expected[name].abs().max()), name
+
+
+def test_shares_are_equal_parts_of_one_batch():
+    parts = [scale.shares(12, rank, 2, 3) for rank in range(2)]
+    assert [range(12)[part] for rank in parts for part in rank] == [range(k, k + 2) for k in range(0, 12, 2)]
+    with pytest.raises(ValueError, match="batch of 10 cannot be cut into 4 equal parts .2 processes, --accumulate 2"):
+        scale.shares(10, 0, 2, 2)
+
+
+def test_crops_hold_the_object_scale_and_slide():
+    alpha = np.zeros((9, 40, 60), np.uint8)
+    alpha[:, 30:34, 50:54] = 255
+    rgb = np.zeros((9, 40, 60, 3), np.uint8)
+    rgb[alpha > 0] = 200
+    for u in torch.rand(20, 4, generator=torch.Generator().manual_seed(0)).tolist():
+        colour, part = train_vae.crop(rgb, alpha, 5, 16, 40, u)
+        assert part.shape == (5, 16, 16) and (part == 255).sum() == 5 * 16 and (colour == 200).all()     # bled
+        part = train_vae.crop(rgb, alpha, 5, 32, None, u)[1]                    # scaled by 32/40 to 64/40
+        assert part.shape == (5, 32, 32) and 5 * 16 * 0.5 < (part > 127).sum() < 5 * 16 * 3
+    still = np.zeros((1, 40, 60), np.uint8)
+    still[0, 20, 4:56] = 255
+    part = train_vae.crop(np.zeros((1, 40, 60, 3), np.uint8), still, 9, 16, 40, (0, 0, 0.0, 0.99))[1]
+    assert [frame.any() for frame in part] == [True] * 9 and part.shape == (9, 16, 16)
+    assert part[0, :, :4].sum() == 0 and part[-1, :, -4:].sum() == 0            # from the left end to the right one
+    long = np.arange(3, dtype=np.uint8)[:, None, None] * np.ones((1, 16, 16), np.uint8) + 1
+    played = train_vae.crop(np.zeros((3, 16, 16, 3), np.uint8), long, 9, 16, 16, (0, 0, 0.5, 0.5))[1][:, 0, 0]
+    assert played.tolist() == [1, 2, 3, 2, 1, 2, 3, 2, 1]
+
+
+def test_held_out_clips_never_train(tmp_path):
+    data.main([str(tmp_path), "--clips", "40", "--size", "16", "--frames", "1"])
+    dataset = RGBADataset(tmp_path, 16, 1)
+    held = train_vae.held_out_clips(dataset)
+    assert held == [38, 39] and train_vae.trained_on(dataset) == 38
+    for step in range(8):
+        batch, = train_vae.draw_batch(dataset, [(9, 1, 16, 8)], 16, 0, 1, 0, 1, step)
+        assert not {dataset.name(i) for i in held} & {*batch["names"]} and batch["rgb"].shape == (8, 3, 1, 16, 16)
+
+
+def test_two_processes_draw_the_parts_of_one_batch(tmp_path):
+    data.main([str(tmp_path), "--clips", "6", "--size", "16", "--frames", "1"])
+    dataset = RGBADataset(tmp_path, 16, 1)
+    whole, = train_vae.draw_batch(dataset, [(9, 1, 16, 4)], None, 0, 1, 0, 1, 3)
+    parts = [part for rank in range(2)
+             for part in train_vae.draw_batch(dataset, [(9, 1, 16, 4)], None, 0, 2, rank, 2, 3)]
+    assert torch.equal(torch.cat([part["rgb"] for part in parts]), whole["rgb"]) and len(parts) == 4
+    assert all(part["names"] == whole["names"] and part["n"] == 4 for part in parts)
+
+
+def test_clips_of_several_shapes_are_encoded_once_and_drawn_by_shape(tmp_path, monkeypatch):
+    """Variants differ in crop and colour; a second run needs neither VAE nor text encoder; a new caption, file or
+    adapter makes new latents."""
+    (tmp_path / "data").mkdir()
+    for i, size in enumerate(((32, 32), (32, 64), (32, 64))):
+        clip = procedural_clip(i, size, 5, two=0)
+        write_rgba(tmp_path / f"data/{i}.webp", clip.rgb, clip.alpha)
+        (tmp_path / f"data/{i}.txt").write_text(clip.caption)
+    args = train_dit.parse_args([str(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--size", "32", "--frames",
+                                 "5", "--variants", "3"])
+
+    def encode():
+        return train_dit.rgba_latents(args, RGBADataset(args.data, args.size, args.frames, keep_aspect=True))
+    files = encode()
+    assert len({*files}) == 9 and [train_dit.latent_shape(f)[2:] for f in files[::3]] == [(4, 4), (2, 6), (2, 6)]
+    variants = [load_file(file)["z"] for file in files[3:6]]
+    assert all((a - b).abs().max() > 0.1 for a, b in zip(variants, variants[1:]))
+    groups = train_dit.of_one_shape(files)
+    for step in range(6):
+        batch, = train_dit.draw_latents(files, groups, range(9), 4, 0, 1, 0, 1, step)
+        assert batch["z"].shape[3:] in ((4, 4), (2, 6)) and batch["mask"].shape[1:] == batch["z"].shape[2:]
+        assert len(batch["context"]) == 4
+
+    def unwanted(*_, **__):
+        raise AssertionError("loaded though everything is in the cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dit, "load_rgba_vae", unwanted)
+        patch.setattr(train_dit, "load_text_encoder", unwanted)
+        assert encode() == files
+    (tmp_path / "data/1.txt").write_text("another caption")
+    changed = encode()
+    assert changed[:3] + changed[6:] == files[:3] + files[6:] and not {*changed[3:6]} & {*files[3:6]}
+
+
+def test_lora_in_place_of_dora(tmp_path, no_sheets):
+    train_dit.main(a_training(tmp_path, "--lora", steps=2))
+    assert {key.split(".")[-3] for key in load_file(tmp_path / "out/t2v.safetensors")} == {"lora_A", "lora_B"}
+
+
+def test_naive_autoencoder_sees_hidden_colour_and_is_judged_by_it():
+    rgba = small_rgba()
+    alpha = torch.zeros(1, 1, 1, 16, 16)
+    alpha[..., :8] = 1
+    rgb, other = (torch.full((1, 3, 1, 16, 16), value) for value in (0.5, 0.5))
+    other = torch.where(alpha > 0, other, -1.0)
+    with torch.no_grad():
+        assert torch.equal(*(rgba.encode(x, alpha) for x in (rgb, other)))
+        assert not torch.equal(*(rgba.encode(x, alpha, None) for x in (rgb, other)))
+        for naive, differ in ((False, False), (True, True)):
+            losses = [float(train_vae.rgba_step(rgba, x, alpha, train_vae.step_generator(0, 0), naive=naive)["loss"])
+                      for x in (rgb, other)]
+            assert (losses[0] != losses[1]) is differ
+
+
+def test_evaluation_of_a_folder_is_a_table_json_and_four_clips(tmp_path, capsys):
+    clip = procedural_clip(3, 64, 17, material="solid", motion="growing", two=0)
+    write_rgba(tmp_path / "data/red ball.webp", clip.rgb, clip.alpha)
+    train_vae.main([str(tmp_path / "data"), "--eval", "--size", "64", "--out", str(tmp_path / "out")])
+    record = json.loads((tmp_path / "out/eval.json").read_text())
+    scores = record["clips"]["clips"]["red ball.webp"]
+    assert scores == record["clips"]["mean"] and 15 < scores["alpha"]["psnr"] < 60 and 0.3 < scores["alpha"]["ssim"] < 1
+    assert record["cells"]["opaque"] < record["cells"]["transparent"]
+    said = capsys.readouterr().out
+    assert f"{scores['soft render']['psnr']:.2f}" in said and "SSIM" in said
+    for kind in ("target", "result"):
+        rgb, _ = read_rgba(tmp_path / f"out/eval/red ball-{kind}-colour.mp4")
+        alpha, _ = read_rgba(tmp_path / f"out/eval/red ball-{kind}-alpha.mp4")
+        assert np.abs(alpha[..., 0].astype(int) - clip.alpha).mean() < 12 and len(rgb) >= 5
+        assert np.abs(rgb.astype(int) - clip.rgb)[clip.alpha == 255].mean() < 40
+
+
+def curve_pixels(path):
+    """y, x of the curve's pixels, by x."""
+    y, x = np.nonzero((iio.imread(path) == scale.CURVE).all(-1))
+    return y[x.argsort()], np.sort(x)
+
+
+def test_curves_have_a_panel_for_each_scalar(tmp_path):
+    for n, shape in ((1, (200, 360, 3)), (3, (200, 1080, 3)), (8, (600, 1080, 3))):
+        rows = [{"step": step, "seconds": 1.0} | {f"scalar{i}": step for i in range(n)} for step in (50, 100)]
+        scale.draw_curves(tmp_path / "curves.png", rows)
+        assert iio.imread(tmp_path / "curves.png").shape == shape
+    first = (tmp_path / "curves.png").read_bytes()
+    scale.draw_curves(tmp_path / "curves.png", rows)
+    assert (tmp_path / "curves.png").read_bytes() == first and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("values", [range(1, 9), range(-4, 4), [10.0 ** i for i in range(8)]])
+def test_a_rising_curve_rises_and_has_no_holes(tmp_path, values):
+    scale.draw_curves(tmp_path / "curves.png", [dict(step=i, loss=value) for i, value in enumerate(values)])
+    y, x = curve_pixels(tmp_path / "curves.png")
+    top = np.array([y[x == column].min() for column in np.unique(x)])
+    assert np.ptp(x) > 250 and np.ptp(y) > 130
+    assert (np.diff(np.unique(x)) == 1).all() and (np.diff(top) <= 0).all()
+    assert np.abs(top - np.linspace(top[0], top[-1], len(top))).max() < 2      # straight: decades on a log axis
+
+
+def test_curves_leave_gaps_where_there_are_no_numbers(tmp_path):
+    rows = [dict(step=i, loss=1 + i % 2) for i in range(9)] + [dict(step=9)]
+    rows[4]["loss"], rows[6]["loss"] = np.nan, -np.inf
+    scale.draw_curves(tmp_path / "curves.png", rows)
+    columns = np.unique(curve_pixels(tmp_path / "curves.png")[1])
+    assert (np.diff(columns) > 20).sum() == 2 and columns[-1] < 330     # a line, the dot of step 5, a line to step 8
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves_of_one_row_of_constants_and_of_nothing(tmp_path):
+    row = dict(step=1, seconds=0, loss=0.5, tabd=np.nan, a_name_longer_than_its_panel=0)
+    scale.draw_curves(tmp_path / "one.png", [row],
+                width=200)
+    assert len(curve_pixels(tmp_path / "one.png")[0]) == 8      # two dots of four pixels
+    scale.draw_curves(tmp_path / "flat.png", [dict(step=i, loss=-3.0) for i in range(9)])
+    assert len(np.unique(curve_pixels(tmp_path / "flat.png")[0])) == 2
+    scale.draw_curves(tmp_path / "none.png", [])
+    assert not (tmp_path / "none.png").exists()
 
 
 # ---- scores
@@ -2163,6 +2822,9 @@ def test_score_table_counts_only_what_applies():
     assert score_table(rows) == ("color         50.0 %     1 of    2\n"
                                  "  glass      100.0 %     1 of    1\n"
                                  "  glow           - %     0 of    0")
+    assert train_dit.shares_of(rows) == dict(color=0.5, glass=1, glow=None)
+    prompts = [("a", dict(shape="ball")), ("b", dict(shape="ring"))]
+    assert train_dit.score_by(rows, prompts, "color", "shape") == "color by shape: ball 1 of 1, ring 0 of 1"
 
 
 def test_unseen_prompts_are_held_out_different_and_even():
@@ -2184,6 +2846,25 @@ def test_psnr_of_known_errors():
     y, mask = x.copy(), np.zeros((2, 8, 8), bool)
     y[:, :, :4], mask[:, :, :4] = 51, True
     assert round(psnr(x, y, mask), 4) == 13.9794 and round(psnr(x, y), 4) == 16.9897 and psnr(x, x) > 75
+
+
+def test_ssim_of_known_pictures():
+    """scikit-image 0.25: structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)."""
+    y, x = np.mgrid[:32, :40]
+    a = ((x * 7 + y * 3 + (x * y) % 11 * 9) % 256).astype(np.uint8)[None]
+    b = np.clip(a.astype(int) + ((x * 13 + y * 29) % 41 - 20), 0, 255).astype(np.uint8)
+    for pair, expected in (((a, b), 0.9633062), ((a, np.roll(a, 3, 2)), 0.0922819), ((a // 4 + 90, b), 0.4380390)):
+        assert abs(train_vae.ssim(*pair) - expected) < 1e-5
+        colour = [np.stack([v, v, v], -1) for v in pair]
+        assert abs(train_vae.ssim(*colour, np.ones(a.shape, bool)) - expected) < 1e-5
+    assert train_vae.ssim(a, a) == 1
+    flat = [np.full((1, 16, 16), value, np.uint8) for value in (100, 120)]
+    assert abs(train_vae.ssim(*flat) - (2 * 100 * 120 + 2.55 ** 2) / (100 ** 2 + 120 ** 2 + 2.55 ** 2)) < 1e-5
+    half = a.copy()
+    half[:, :, 20:] = b[:, :, 20:]
+    left = np.zeros(a.shape, bool)
+    left[:, :, :15] = True                                              # its windows end where the halves meet
+    assert train_vae.ssim(a, half, left) == 1 > train_vae.ssim(a, half)
 
 
 def test_object_region_is_two_pixels_wider_than_the_object():
@@ -2527,7 +3208,7 @@ def test_embedded_model_shows_what_unseen_prompts_say():
     text = load_text_encoder(tiny)
     rgba = load_rgba_vae(tiny / "Wan2.1_VAE.safetensors", tiny / "Wan-Alpha-v2-VAE.safetensors")
     dit = load_dit(tiny, [(tiny / "t2v.safetensors", 1.0)])
-    args = Namespace(size=64, frames=17, mean=0.05, shift=5.0, seed=0, device="cpu")
+    args = Namespace(size=(64, 64), frames=17, mean=0.05, shift=5.0, seed=0, device="cpu")
     _, rows = train_dit.evaluate(dit, rgba, text, args, train_dit.unseen_prompts(12, seed=1))
     for name, least in dict(color=10, corners=11, material=11, motion=10, shape=7).items():
         assert sum(row[name] for row in rows) >= least, name
@@ -2538,7 +3219,8 @@ def test_embedded_autoencoder_keeps_colour_and_alpha():
     rgba = load_rgba_vae(tiny / "Wan2.1_VAE.safetensors", tiny / "Wan-Alpha-v2-VAE.safetensors")
     clips = [procedural_clip(10 ** 9 + i, split="test") for i in range(3)]
     rows = evaluate_vae(rgba, [(clip.rgb, clip.alpha) for clip in clips])
-    assert min(row["soft render"] for row in rows) > 25 and min(row["alpha"] for row in rows) > 25
+    assert min(row[name]["psnr"] for row in rows for name in ("soft render", "alpha")) > 25
+    assert min(row[name]["ssim"] for row in rows for name in ("soft render", "alpha")) > 0.9
 
 
 # ---- the released files: every layout, and what is none
@@ -2997,31 +3679,134 @@ def test_memory_estimates_at_known_sizes():
     assert 2 ** 27 < scale.free_memory("cpu")
 
 
+CLIP = 21 * 30 * 52     # tokens of 81 frames of 832 x 480
+MEASURED = DiTConfig(dim=256, ffn_dim=640, num_heads=4, num_layers=6, text_dim=32, text_len=8)
+
+
+def trained_dit(rank):
+    model = WanDiT(MEASURED)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(scale.resident_dtype(name, torch.bfloat16))
+    return add_dora(model, rank, rank, train_dit.DORA_TARGETS)
+
+
+def test_training_memory_counts_the_adapters_that_add_dora_makes():
+    for rank in (4, 32):
+        numbers = sum(p.numel() for p in trained_dit(rank).parameters() if p.requires_grad)
+        assert scale.training_memory(MEASURED, 10, rank)["adapters"] == 16 * numbers
+
+
+def test_training_memory_falls_where_a_flag_says_so():
+    whole, streamed, kept, sharded, two = (scale.training_memory(WAN_14B, CLIP, **way) for way in (
+        {}, dict(offload=True), dict(checkpoint=False), dict(ranks=8, shard=True), dict(batch=2)))
+
+    def changed(other):
+        return {name for name in whole if other[name] != whole[name]} - {"total"}
+    assert whole["total"] == sum(whole[name] for name in ("weights", "adapters", "kept", "block"))
+    assert abs(whole["weights"] / 28.95e9 - 1) < 0.01 and abs(whole["total"] / 72.2e9 - 1) < 0.01
+    assert changed(streamed) == {"kept", "host"} and streamed["host"] == whole["kept"] == 20 * streamed["kept"]
+    assert changed(kept) == {"kept", "block"} and kept["total"] > 6 * whole["total"]
+    assert changed(sharded) == {"weights"} and sharded["weights"] < whole["weights"] / 5
+    assert changed(two) == {"kept", "block"} and two["kept"] == 2 * whole["kept"]
+    assert changed(scale.training_memory(WAN_14B, CLIP, ranks=8)) == set()
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_training_memory_is_what_a_step_allocates(checkpoint):
+    """Kept and block, and a quarter of the adapters' bytes for their gradients, against the allocator's own events."""
+    model, z = trained_dit(4), torch.randn(1, 16, 4, 32, 48)
+    if checkpoint:
+        scale.checkpoint_blocks(model, Block)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        model(z, torch.tensor([500.0]), torch.randn(1, 8, 32)).square().mean().backward()
+    changes = [(e.start_ns(), e.nbytes()) for e in events.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = max(accumulate(size for _, size in sorted(changes)))
+    expected = scale.training_memory(MEASURED, 4 * 16 * 24, rank=4, checkpoint=checkpoint)
+    assert abs(peak / (expected["kept"] + expected["block"] + expected["adapters"] / 4) - 1) < 0.03
+
+
+def test_bench_train_prints_what_a_block_keeps_and_the_estimate(capsys):
+    bench.main(["--train", "tiny", "--size", "32x32", "--frames", "5", "--device", "cpu"])
+    printed, (d, f) = capsys.readouterr().out, (bench.TINY.dim, bench.TINY.ffn_dim)
+    kept = next(int(line.split()[3].replace(",", "")) for line in printed.splitlines() if "bytes a token" in line)
+    small = 8 * 32 * 2 + 2 * 4 * bench.TINY.num_heads + 9 * 4      # A x of eight layers, softmax sums, norms
+    assert kept == 54 * d + 6 * f + small
+    assert "tiny in all, 8 GPUs, shard: an estimate" in printed
+    with pytest.raises(SystemExit):
+        bench.main(["--train", "tiny", "--fp8", "--device", "cpu"])
+    assert "--fp8" in capsys.readouterr().err
+
+
 TWO_TRAIN = """
-import sys, torch, train_dit
+import json, sys, torch
+import scale
+from test_all import stop_after, train_dit, train_vae
 torch.set_num_threads(1)
-train_dit.main(sys.argv[1:])
+end, scale.end_process_group = scale.end_process_group, lambda: None
+train_vae.end_process_group = train_dit.end_process_group = lambda: None
+for script, arguments, stop in json.loads(sys.argv[1]):
+    with stop_after(stop):
+        try:
+            dict(train_vae=train_vae, train_dit=train_dit)[script].main(arguments)
+        except SystemExit as left:
+            assert stop and left.code == 130
+end()
 """
 
 
-def test_two_processes_train_as_one(tmp_path):
-    """Both transformer trainings: the same loss curve from the same global batch, and the same weights on disk."""
+@contextmanager
+def stop_after(step):
+    """As if SIGTERM had come in that step, counted from 1."""
+    gradients = scale.gradients
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scale, "gradients", lambda *args: gradients(*args[:-1], args[-1] or args[3] + 1 == step))
+        yield
+
+
+def curve(run):
+    return [json.loads(row)["loss"] for row in (run / "log.jsonl").open()]
+
+
+def into(out, arguments):
+    arguments = list(arguments)
+    arguments[arguments.index("--out") + 1] = str(out)
+    return arguments
+
+
+RESULTS = {"vae-base": "Wan2.1_VAE.safetensors", "dit-base": "diffusion_pytorch_model.safetensors",
+           "vae-rgba": "Wan-Alpha-v2-VAE.safetensors", "dit-rgba": "t2v.safetensors"}
+
+
+def same_training(one, two, name):
+    pairs = list(zip(curve(one / name), curve(two / name), strict=True))
+    assert len(pairs) == 4 and all(abs(a - b) <= 1e-5 for a, b in pairs), (name, pairs)
+    got, expected = load_file(two / RESULTS[name]), load_file(one / RESULTS[name])
+    assert all(torch.allclose(got[k], expected[k], atol=1e-4) for k in expected), name
+
+
+def test_processes_and_passes_train_as_one(tmp_path):
+    """All four trainings: two processes, and two passes a batch, give the loss curve of one from the same global batch,
+    and the same weights; sharded too. A run of two processes goes on in one, and back in two."""
     _, out, commands = trained_folder(tmp_path)
     torch.set_num_threads(1)
     for script, arguments in commands.values():
         script.main(arguments)
-    results = {"dit-base": "diffusion_pytorch_model.safetensors", "dit-rgba": "t2v.safetensors"}
-    alone = {name: ((out / name / "log.jsonl").read_text(), load_file(out / file)) for name, file in results.items()}
-    shutil.rmtree(tmp_path / "cache")
-    for name in ("dit-rgba", "dit-base"):
-        torchrun(tmp_path, TWO_TRAIN, *commands[name][1])
-    for name, (log, expected) in alone.items():
-        rows, together = ([json.loads(row) for row in text.splitlines()]
-                          for text in (log, (out / name / "log.jsonl").read_text()))
-        assert len(rows) == len(together) == 4
-        assert all(abs(a["loss"] - b["loss"]) <= 1e-5 for a, b in zip(rows, together)), name
-        got = load_file(out / results[name])
-        assert all(torch.allclose(got[k], expected[k], atol=1e-4) for k in expected), name
+    two, back, passes = tmp_path / "two", tmp_path / "back", tmp_path / "passes"
+    jobs = [(script.__name__, into(two, arguments) + ["--shard"] * (name == "dit-rgba"), 0)
+            for name, (script, arguments) in commands.items()]
+    script, arguments = commands["dit-rgba"]
+    moved = into(back, arguments)
+    torchrun(tmp_path, TWO_TRAIN, json.dumps([*jobs, ("train_dit", moved, 1)]))
+    with stop_after(3), pytest.raises(SystemExit):
+        script.main([*moved, "--resume"])
+    assert len(curve(back / "dit-rgba")) == 3 and not (back / "t2v.safetensors").exists()
+    torchrun(tmp_path, TWO_TRAIN, json.dumps([("train_dit", [*moved, "--resume", "--shard"], 0)]))
+    for name in ("vae-rgba", "dit-rgba"):
+        commands[name][0].main(into(passes, commands[name][1]) + ["--accumulate", "2"])
+        same_training(out, passes, name)
+    for name in RESULTS:
+        same_training(out, two, name)
+    same_training(out, back, "dit-rgba")
 
 
 # ---- generate.py: many clips, two experts, memory, several processes

@@ -299,6 +299,12 @@ def read_text_len(path: Path) -> int:
         raise ValueError(f"{path} is not a readable JSON object with a number text_len: download it again") from None
 
 
+def encoder_file(folder: str | Path) -> Path:
+    """The umT5 encoder of a checkpoint folder, .safetensors or Wan's .pth."""
+    path = Path(folder) / "models_t5_umt5-xxl-enc-bf16.safetensors"
+    return path if path.is_file() else path.with_suffix(".pth")
+
+
 def load_text_encoder(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> TextEncoder:
     """Encoder and tokenizer of a checkpoint folder, or of the encoder's own file in such a folder.
 
@@ -307,9 +313,7 @@ def load_text_encoder(path: str | Path, dtype: torch.dtype = torch.float32, devi
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    if path.is_dir():
-        path = folder / "models_t5_umt5-xxl-enc-bf16.safetensors"
-        path = path if path.is_file() else path.with_suffix(".pth")
+    path = encoder_file(path) if path.is_dir() else path
     tokenizer = read_tokenizer(folder / "google/umt5-xxl/tokenizer.json")
     model = read_umt5(path, dtype, device)
     if tokenizer.get_vocab_size() > model.config.vocab:

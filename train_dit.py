@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -25,23 +26,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from data import (COLORS, MATERIALS, MOTIONS, SHAPES, RGBADataset, cache_key, caption_of, contact_sheet,
-                  distance_table, held_out, save_tensors, save_text)
-from dit import Block, DiTConfig, WanDiT, load_dit
-from dora import adapter_state, add_dora
+                  distance_table, file_key, held_out, save_tensors, save_text)
+from dit import Block, DiTConfig, WanDiT, load_dit, open_dit, read_json
+from dora import adapter_state, add_dora, add_lora
 from losses import PALETTE, soft_render
 from merge import load_rgba_vae
 from sampler import (ellipse_mask, euler, flow_target, gaussian_mask, interpolate, sample_sigma, shift_noise,
                      shifted_sigmas)
-from scale import end_process_group, start_process_group
-from text import T5Config, TextEncoder, UMT5, load_text_encoder, make_tokenizer
-from train_vae import (TINY, add_loop_flags, check_run, compile_blocks, find_vae, fit, make_optimizers, one_sentence,
-                       positive, precision, ranks, record_run, share, step_generator, stored, to_clip, to_video)
+from scale import (add_loop_flags, end_process_group, finish, fit, make_optimizers, place_dit, positive, prepare_blocks,
+                   ranks, record_run, shares, start_process_group, step_generator)
+from text import T5Config, TextEncoder, UMT5, encoder_file, load_text_encoder, make_tokenizer
+from train_vae import (TINY, check_run, checked, find_vae, held_out_clips, one_sentence, precision, stored, to_clip,
+                       to_video, trained_on)
 from vae import load_vae
 
 DORA_TARGETS = ["q", "k", "v", "o", "ffn.0", "ffn.2"]      # of every block, both attentions
@@ -52,9 +55,9 @@ BACKGROUNDS = dict(zip(("black", "blue", "green", "cyan", "red", "magenta", "yel
 # ---- what is learnt from: latents, encoded once
 
 
-def encoded(folder: Path, n: int, item) -> list[dict]:
-    """The tensors of n clips; item(i) -> (key, function that makes them). They are stored in a file named by the key,
-    which names all that they depend on, and made only where there is none. Several processes share the work."""
+def encoded(folder: Path, n: int, item) -> list[Path]:
+    """The files of n items; item(i) -> (key, function that makes the tensors). A file's name is its key, which names
+    all that they depend on; it is made only where there is none. Several processes share the work."""
     (rank, world), files = ranks(), {}
     for i in tqdm(range(rank, n, world), desc="latents", disable=rank > 0):
         key, make = item(i)
@@ -65,7 +68,7 @@ def encoded(folder: Path, n: int, item) -> list[dict]:
         parts = [None] * world
         dist.all_gather_object(parts, files)
         files = {i: file for part in parts for i, file in part.items()}
-    return [load_file(files[i]) for i in range(n)]
+    return [files[i] for i in range(n)]
 
 
 def on_background(caption: str, color: str) -> str:
@@ -74,48 +77,77 @@ def on_background(caption: str, color: str) -> str:
 
 
 @torch.no_grad()
-def rgb_latents(args, dataset) -> tuple[torch.Tensor, list[str]]:
-    """Stage base: every clip rendered on white and on another palette colour -> z (n, 16, t', h', w') and captions.
+def rgb_latents(args, dataset) -> tuple[list, list[str]]:
+    """Stage base: every clip rendered on white and on another palette colour -> one file and caption for each.
     A caption that names no background is always on white."""
-    vae, weights = load_vae(find_vae(args.base), device=args.device), cache_key(find_vae(args.base).read_bytes())
-    names = list(BACKGROUNDS)
-
-    def colors(i):
+    vae = cache(lambda: load_vae(find_vae(args.base), device=args.device))
+    weights, names, pairs = file_key(find_vae(args.base)), list(BACKGROUNDS), []
+    for i in range(len(dataset)):
         other = names[i % 7] if "transparent background" in dataset.caption(i) else "white"
-        return list(dict.fromkeys(("white", other)))
+        pairs += [(i, color) for color in dict.fromkeys(("white", other))]
 
-    def item(i):
-        clip = dataset.clip(i)
+    def item(k):
+        i, color = pairs[k]
 
         def make():
-            video = torch.cat([soft_render(*to_video(*clip), BACKGROUNDS[color]) for color in colors(i)])
+            video = soft_render(*to_video(*dataset.clip(i)), BACKGROUNDS[color]).to(args.device)
             with precision(args):
-                return {"z": vae.encode(video.to(args.device), CHUNK).float().cpu()}
-        return cache_key(*(x.tobytes() for x in clip), weights, args.bf16, *colors(i)), make
-    latents = torch.cat([tensors["z"] for tensors in encoded(Path(args.cache), len(dataset), item)])
-    return latents, [on_background(dataset.caption(i), color) for i in range(len(dataset)) for color in colors(i)]
+                return {"z": vae().encode(video, CHUNK).float()[0].cpu()}
+        return cache_key(dataset.content(i), dataset.geometry(i), weights, args.bf16, color), make
+    files = encoded(Path(args.cache), len(pairs), item)
+    return files, [on_background(dataset.caption(i), color) for i, color in pairs]
 
 
 @torch.no_grad()
-def rgba_latents(args, dataset) -> list[dict]:
-    """Stage rgba: one dict a clip: z (16, t', h', w'), G (t', h', w') of its alpha, context (l, d) of its caption."""
-    adapter = Path(args.vae_adapter)
-    rgba = load_rgba_vae(find_vae(args.base), adapter, device=args.device)
-    text = load_text_encoder(args.base, device=args.device)
-    weights = [cache_key(file.read_bytes()) for file in (find_vae(args.base), adapter)]
-    weights += [cache_key(p.cpu().numpy().tobytes()) for p in text.model.parameters()]
-    weights = cache_key(*weights, text.tokenizer.to_str(), text.text_len, args.bf16)
+def rgba_latents(args, dataset) -> list[Path]:
+    """Stage rgba: --variants files a clip, each z (16, t', h', w'), G (t', h', w') of its alpha as "mask", and the
+    context (l, d) of its caption. Variant 0 is the whole clip on white, the others are crops on other palette colours.
+    The VAE and the text encoder are loaded only if a file is missing."""
+    rgba = cache(lambda: load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device))
+    text = cache(lambda: load_text_encoder(args.base, device=args.device))
+    weights = [file_key(file) for file in (find_vae(args.base), args.vae_adapter, encoder_file(args.base),
+                                           Path(args.base) / "google/umt5-xxl/tokenizer.json")]
 
-    def item(i):
-        clip, caption = dataset.clip(i), dataset.caption(i)
+    def item(k):
+        i, variant = divmod(k, args.variants)
+        caption, color = dataset.caption(i), PALETTE[7 - variant % 8]
 
         def make():
-            rgb, alpha = to_video(*clip)
+            rgb, alpha = to_video(*dataset.clip(i, variant))
             with precision(args):
-                z = rgba.encode(rgb.to(args.device), alpha.to(args.device), chunk=CHUNK).float()[0].cpu()
-            return {"z": z, "mask": gaussian_mask(alpha[0, 0]), "context": text([caption])[0].float().cpu()}
-        return cache_key(*(x.tobytes() for x in clip), caption, weights), make
-    return encoded(Path(args.cache), len(dataset), item)
+                z = rgba().encode(*(x.to(args.device) for x in (rgb, alpha)), color, CHUNK).float()[0].cpu()
+            return {"z": z, "mask": gaussian_mask(alpha[0, 0]), "context": text()([caption])[0].float().cpu()}
+        geometry = dataset.geometry(i, variant)
+        return cache_key(dataset.content(i), geometry, color.tolist(), caption, *weights, args.bf16), make
+    return encoded(Path(args.cache), args.variants * len(dataset), item)
+
+
+def latent_shape(file) -> tuple:
+    with safe_open(file, "pt") as tensors:
+        return tuple(tensors.get_slice("z").get_shape())
+
+
+def of_one_shape(files: list) -> list[list[int]]:
+    """For each file the numbers of all whose latents have its shape: a batch is drawn from such a group."""
+    groups = {}
+    found = [groups.setdefault(latent_shape(file), []) for file in files]
+    for i, group in enumerate(found):
+        group.append(i)
+    return found
+
+
+def draw_latents(files, groups, names, batch, seed, accumulate, rank, world, step) -> list[dict]:
+    """This process's part of the batch of a step, one dict a pass: what the files hold, latents and masks stacked."""
+    generator = step_generator(seed, step, data=True)
+    group = groups[int(torch.randint(len(files), (), generator=generator))]
+    picks = [group[k] for k in torch.randint(len(group), (batch,), generator=generator)]
+    passes = []
+    for mine in shares(batch, rank, world, accumulate):
+        items = [load_file(files[i]) for i in picks[mine]]
+        tensors = {name: [item[name] for item in items] for name in items[0]}
+        stacked = {name: torch.stack(tensors[name]) for name in ("z", "mask") if name in tensors}
+        passes.append(dict(tensors | stacked, picks=picks, mine=mine, names=[names[i] for i in picks]))
+    return passes
 
 
 # ---- one step
@@ -126,85 +158,142 @@ def attention(args):
     return sdpa_kernel(SDPBackend.MATH) if torch.device(args.device).type == "cpu" else nullcontext()
 
 
-def flow_step(dit, z, context, generator, mask=None, mean=0.05, shift=5.0, weighted=True) -> dict:
+def flow_step(dit, z, context, generator, mask=None, mean=0.05, shift=5.0, weighted=True, n: int | None = None,
+              mine=slice(None)) -> dict:
     """Rectified flow on latents z (b, 16, t, h, w); context: (b, l, d) or a list of (l, d); mask: G (b, t, h, w), where
     the noise keeps mean 0, outside it gets `mean`. weighted: by w(t) as the official code, else all levels alike.
-    Of several processes, each runs its share of the batch and gives the contexts of that share alone."""
-    sigma, weight = (x.to(z.device) for x in sample_sigma(len(z), generator, shift))
-    noise = torch.randn(z.shape, generator=generator).to(z)
+    z, context and mask are the part `mine` of a batch of n, whose random numbers are all drawn."""
+    n = n or len(z)
+    sigma, weight = (x[mine].to(z.device) for x in sample_sigma(n, generator, shift))
+    noise = torch.randn(n, *z.shape[1:], generator=generator)[mine].to(z)
     if mask is not None:
         noise = shift_noise(noise, mask, mean)
-    mine = share(len(z))
-    v_hat = dit(interpolate(z, noise, sigma)[mine], 1000 * sigma[mine], context)
-    error = (v_hat.float() - flow_target(z, noise)[mine]).square().mean(dim=(1, 2, 3, 4))
-    return dict(loss=(weight[mine] * error).mean() if weighted else error.mean(), mse=error.mean())
+    v_hat = dit(interpolate(z, noise, sigma), 1000 * sigma, context)
+    error = (v_hat.float() - flow_target(z, noise)).square().mean(dim=(1, 2, 3, 4))
+    return dict(loss=(weight * error).mean() if weighted else error.mean(), mse=error.mean())
 
 
-def train_base(args, dataset, run: Path):
-    latents, captions = rgb_latents(args, dataset)
+@torch.no_grad()
+def held_out_mse(step, files: list, rounds: int = 4) -> float:
+    """Mean squared error of v on clips that do not train, with noise and levels that are always the same.
+    step(item, i, generator) -> `flow_step`'s result for the tensors of files[i], as a batch of one."""
+    errors = [step({name: x[None] for name, x in load_file(file).items()}, i, step_generator(k, i))["mse"]
+              for i, file in enumerate(files) for k in range(rounds)]
+    return round(float(torch.stack(errors).mean()), 4)
+
+
+def keep_float32(*modules: nn.Module) -> None:
+    """Times, modulation and head are computed in float32, under autocast too."""
+    def forward(inner, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return inner(x.float())
+    for module in modules:
+        module.forward = partial(forward, module.forward)
+
+
+def train_base(args, dataset, run: Path) -> dict:
+    files, captions = rgb_latents(args, dataset)
     text = TextEncoder(make_tokenizer(captions), None, args.text_len)
     vocab = text.tokenizer.get_vocab_size()
     text.model = UMT5(T5Config(vocab, args.text_dim, args.text_dim, 2 * args.text_dim, 4, args.text_layers, 32))
     config = DiTConfig(args.dim, 4 * args.dim, args.heads, args.layers, text_dim=args.text_dim, text_len=args.text_len)
     both = nn.ModuleDict(dict(text=text.model, dit=WanDiT(config))).to(args.device)
-    if args.compile:
-        compile_blocks(both["dit"], Block)
-    ids, mask = text.tokenize(captions + [""])
+    keep_float32(both["dit"].time_embedding, both["dit"].time_projection, both["dit"].head.head)
+    prepare_blocks(both["dit"], Block, args)
+    ids, mask = (x.to(args.device) for x in text.tokenize(captions + [""]))
 
-    def loss(step, generator):
-        pick = torch.randint(len(latents), (args.batch,), generator=generator)
-        empty = torch.rand(args.batch, generator=generator) < args.drop_text
-        words = torch.where(empty, len(captions), pick)[share(args.batch)]
+    def context_of(words):
         longest = int(mask[words].sum(1).max())
-        with precision(args), attention(args):
-            context = both["text"](ids[words, :longest], mask[words, :longest])
-            context = context * mask[words, :longest, None]
-            return flow_step(both["dit"], latents[pick].to(args.device), context, generator,
-                             shift=args.shift, weighted=False)
+        return both["text"](ids[words, :longest], mask[words, :longest]) * mask[words, :longest, None]
+
+    def loss(batch, generator):
+        n, mine = len(batch["picks"]), batch["mine"]
+        empty = torch.rand(n, generator=generator) < args.drop_text
+        words = torch.where(empty, len(captions), torch.tensor(batch["picks"]))[mine]
+        with precision(args):
+            return flow_step(both["dit"], batch["z"].to(args.device), context_of(words), generator, shift=args.shift,
+                             weighted=False, n=n, mine=mine)
+
+    def held_out_step(item, i, generator):
+        return flow_step(both["dit"], item["z"].to(args.device), context_of(torch.tensor([training + i])), generator,
+                         shift=args.shift, weighted=False)
 
     @torch.no_grad()
     def sheet(path):
-        vae, names = load_vae(find_vae(args.base), device=args.device), captions[:6]
-        noise = torch.randn(len(names), *latents.shape[1:], generator=step_generator(args.seed, -2)).to(args.device)
+        vae, names = load_vae(find_vae(args.base), device=args.device), captions[-6:]
+        shape = latent_shape(files[-1])
+        noise = torch.randn(len(names), *shape, generator=step_generator(args.seed, -2)).to(args.device)
         *_, (_, z) = euler(lambda z, t: both["dit"](z, t, text(names)), noise, shifted_sigmas(8, args.shift))
         contact_sheet(path, [to_clip(video) for video in vae.decode(z)])
         save_text(path.with_suffix(".txt"), "\n".join(names))
 
-    fit(args, run, both, make_optimizers(both, args), args.steps, loss, sheet)
-    if ranks()[0]:
-        return
+    training = trained_on(files)
+    summary = fit_latents(args, run, both, files[:training], captions, loss, sheet, dataset.fingerprint)
+    summary["held_out_mse"] = held_out_mse(held_out_step, files[training:]) if training < len(files) else None
+    if ranks()[0] == 0:
+        write_base(args, both, text, config)
+    return summary
+
+
+def fit_latents(args, run: Path, model, files, names, loss, sheet, clips) -> dict:
+    draw = partial(draw_latents, files, of_one_shape(files), names, args.batch, args.seed, args.accumulate, *ranks())
+    with attention(args):
+        return fit(args, run, model, make_optimizers(model, args), args.steps, draw, loss, sheet, clips)
+
+
+def write_base(args, both, text, config) -> None:
     out = Path(args.out)
     save_tensors(out / "diffusion_pytorch_model.safetensors", stored(both["dit"].state_dict(), args.half))
     save_tensors(out / "models_t5_umt5-xxl-enc-bf16.safetensors", stored(both["text"].state_dict(), args.half))
     (out / "google/umt5-xxl").mkdir(parents=True, exist_ok=True)
     text.tokenizer.save(str(out / "google/umt5-xxl/tokenizer.json"))
-    generate = dict(size=[args.size] * 2, frames=args.frames, fps=16,
+    generate = dict(size=[*args.size[::-1]], frames=args.frames, fps=16,
                     steps=4, shift=args.shift, guidance=1.0, mean=args.mean,
                     vae_adapter="Wan-Alpha-v2-VAE.safetensors", dora="t2v.safetensors")  # what the rgba stages will add
     described = {"_class_name": "WanModel", "model_type": "t2v"} | asdict(config) | {"generate": generate}
     save_text(out / "config.json", json.dumps(described, indent=2) + "\n")
 
 
-def train_rgba(args, dataset, run: Path):
-    items = rgba_latents(args, dataset)
-    dit = add_dora(load_dit(args.base, device=args.device), args.rank, args.rank, DORA_TARGETS)
-    if args.compile:
-        compile_blocks(dit, Block)
-    latents, masks = (torch.stack([item[name] for item in items]) for name in ("z", "mask"))
+def load_adapted(args) -> WanDiT:
+    """The frozen base, in bfloat16 with --bf16, and in each block the adapters that train, in float32. With --shard
+    each process keeps its part of the frozen matrices and all of the adapters."""
+    def adapt(block):
+        (add_lora if args.lora else add_dora)(block, args.rank, args.rank, DORA_TARGETS)
+    torch.manual_seed(args.seed)
+    model, tensors = open_dit(args.base)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    return place_dit(model.requires_grad_(False), tensors, dtype, args.device, shard=args.shard, adapt=adapt)
 
-    def loss(step, generator):
-        pick = torch.randint(len(items), (args.batch,), generator=generator)
-        context = [items[i]["context"].to(args.device) for i in pick[share(args.batch)]]
-        z, mask = (x[pick].to(args.device) for x in (latents, masks))
-        with precision(args), attention(args):
-            return flow_step(dit, z, context, generator, mask, args.mean, args.shift, not args.unweighted)
 
-    rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
-    sheet = lambda path: contact_sheet(
-        path, sample(dit, rgba, [item["context"] for item in items[:6]], masks[:6], args))
-    fit(args, run, dit, make_optimizers(dit, args), args.steps, loss, sheet)
+def train_rgba(args, dataset, run: Path) -> dict:
+    files = rgba_latents(args, dataset)
+    dit = load_adapted(args)
+    prepare_blocks(dit, Block, args)
+
+    def loss(batch, generator):
+        context = [context.to(args.device) for context in batch["context"]]
+        z, mask = (batch[name].to(args.device) for name in ("z", "mask"))
+        return flow_step(dit, z, context, generator, mask, args.mean, args.shift, not args.unweighted,
+                         len(batch["picks"]), batch["mine"])
+
+    def held_out_step(item, i, generator):
+        z, context, mask = (item[name].to(args.device) for name in ("z", "context", "mask"))
+        return flow_step(dit, z, context, generator, mask, args.mean, args.shift)
+
+    def sheet(path):
+        items = [load_file(files[args.variants * i]) for i in held_out_clips(dataset, 4)]
+        rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
+        contact_sheet(path, [clip for item in items for clip in sample(
+            dit, rgba, [item["context"]], item["mask"][None], args)])
+
+    names = [dataset.name(k // args.variants) for k in range(len(files))]
+    training = args.variants * trained_on(dataset)
+    summary = fit_latents(args, run, dit, files[:training], names, loss, sheet, dataset.fingerprint)
+    if training < len(files):
+        summary["held_out_mse"] = held_out_mse(held_out_step, files[training::args.variants])
     if ranks()[0] == 0:
         save_tensors(Path(args.out) / "t2v.safetensors", stored(adapter_state(dit), args.half))
+    return summary
 
 
 # ---- does a clip show what its prompt names? rgb uint8 (t, h, w, 3) straight, alpha uint8 (t, h, w); 1 px = h/64
@@ -341,6 +430,14 @@ def score_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def score_by(rows: list[dict], prompts: list, name: str, attribute: str) -> str:
+    """One line: how many clips pass a score, for every value of an attribute of their prompts."""
+    passed = {}
+    for row, (_, attributes) in zip(rows, prompts):
+        passed.setdefault(attributes[attribute], []).append(row[name])
+    return f"{name} by {attribute}: " + ", ".join(f"{value} {sum(got)} of {len(got)}" for value, got in passed.items())
+
+
 def unseen_prompts(n=200, seed=0) -> list[tuple[str, dict]]:
     """(prompt, attributes) of n different held-out combinations: shuffled, then always one whose values came least.
 
@@ -376,7 +473,7 @@ def sample(dit, rgba, contexts, masks, args, steps: int = 4, seed: int = 0) -> l
 def evaluate(dit, rgba, text, args, prompts, steps: int = 4, mean: float | None = None,
              mask=None) -> tuple[list, list[dict]]:
     """Clips of (prompt, attributes) pairs and the scores of each. mask: G (t', h', w'), default the centred ellipse."""
-    mask = ellipse_mask(args.frames, args.size, args.size) if mask is None else mask
+    mask = ellipse_mask(args.frames, *args.size) if mask is None else mask
     args = argparse.Namespace(**vars(args) | dict(mean=args.mean if mean is None else mean))
     clips = []
     for start in tqdm(range(0, len(prompts), 20), desc=f"{steps} steps", leave=False):
@@ -392,7 +489,7 @@ def ellipse_control(dit, rgba, text, args, prompts) -> dict:
     mean area, over the same prompts and noise."""
     found = {"position": ([], []), "size": ([], [])}
     for x, half in ((0.3, 0.35), (0.5, 0.35), (0.7, 0.35), (0.5, 0.25), (0.5, 0.45)):
-        mask = ellipse_mask(args.frames, args.size, args.size, [(0, x, 0.5, half, half, 0)])
+        mask = ellipse_mask(args.frames, *args.size, [(0, x, 0.5, half, half, 0)])
         for _, alpha in evaluate(dit, rgba, text, args, prompts, mask=mask)[0]:
             share = alpha.astype(np.float64).sum((0, 1))
             name, asked, got = (("position", x, share @ np.arange(len(share)) / max(share.sum(), 1)) if half == 0.35
@@ -402,8 +499,14 @@ def ellipse_control(dit, rgba, text, args, prompts) -> dict:
     return {name: float(np.corrcoef(*pair)[0, 1]) for name, pair in found.items()}
 
 
+def shares_of(rows: list[dict]) -> dict:
+    """The share of the clips that pass, of those a score applies to."""
+    found = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
+    return {name: sum(got) / len(got) if got else None for name, got in found.items()}
+
+
 def run_eval(args):
-    """Tables on stdout; the clips of the first ten prompts as OUT/eval.png."""
+    """Tables on stdout and OUT/eval.json; the clips of the first ten prompts as OUT/eval.png."""
     text = load_text_encoder(args.base)
     dit = load_dit(args.base, [(args.dora or Path(args.base) / "t2v.safetensors", 1.0)], device=args.device)
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
@@ -412,11 +515,19 @@ def run_eval(args):
     contact_sheet(Path(args.out) / "eval.png", clips[:10])
     print("eval.png shows:", *(prompt for prompt, _ in prompts[:10]), sep="\n  ")
     print(f"\n{len(prompts)} unseen prompts, 4 Euler steps, shift {args.shift}, mean {args.mean}\n{score_table(rows)}")
-    for steps in (1, 2, 8, 20):
-        print(f"\n{steps} steps\n{score_table(evaluate(dit, rgba, text, args, prompts, steps)[1])}")
-    print(f"\n4 steps, mean shift off\n{score_table(evaluate(dit, rgba, text, args, prompts, mean=0.0)[1])}")
-    for name, value in ellipse_control(dit, rgba, text, args, prompts[:20]).items():
-        print(f"correlation of the ellipse's {name} with the object's: {value:.2f}")
+    print(score_by(rows, prompts, "shape", "shape"), score_by(rows, prompts, "shape", "motion"), sep="\n")
+    record = dict(arguments=vars(args), scores={"4": shares_of(rows)}, clips=[
+        dict(prompt=prompt, **row) for (prompt, _), row in zip(prompts, rows)])
+    for steps in args.eval_steps:
+        rows = evaluate(dit, rgba, text, args, prompts, steps)[1]
+        record["scores"][str(steps)] = shares_of(rows)
+        print(f"\n{steps} steps\n{score_table(rows)}")
+    if not args.brief:
+        print(f"\n4 steps, mean shift off\n{score_table(evaluate(dit, rgba, text, args, prompts, mean=0.0)[1])}")
+        record["ellipse"] = ellipse_control(dit, rgba, text, args, prompts[:20])
+        for name, value in record["ellipse"].items():
+            print(f"correlation of the ellipse's {name} with the object's: {value:.2f}")
+    save_text(Path(args.out) / "eval.json", json.dumps(record, indent=1) + "\n")
 
 
 # ---- the command
@@ -431,15 +542,21 @@ def parse_args(argv=None):
         help="DoRA on RGBA latents, or transformer and text encoder from scratch")
     add("--base", default=str(TINY), help="checkpoint folder with the frozen base; stage base: with the VAE")
     add("--vae-adapter", help="RGBA adapter of the VAE; default: Wan-Alpha-v2-VAE.safetensors in --base")
-    add("--dora", help="the DoRA that --eval scores; default: t2v.safetensors in --base")
+    add("--dora", help="the adapter that --eval scores; default: t2v.safetensors in --base")
     add("--out", default="runs/dit", help="folder that the result and the run's records go to")
     add("--cache", default="runs/cache",
         help="folder of encoded latents, reused where nothing they depend on has changed")
     add("--eval", action="store_true", help="score unseen prompts instead of training")
     add("--prompts", type=positive, default=200, help="how many unseen prompts --eval scores")
+    add("--eval-steps", type=int, nargs="*", default=[1, 2, 8, 20], help="Euler steps that --eval tries besides 4")
+    add("--brief", action="store_true", help="--eval without the mean shift off and without moving the ellipse")
     add("--steps", type=positive, default=1750, help="training steps")
     add("--batch", type=positive, default=8, help="clips a step")
     add("--rank", type=positive, default=32, help="rank of the DoRA; its scale is 1")
+    add("--lora", action="store_true", help="LoRA in place of DoRA")
+    add("--shard", action="store_true", help="several GPUs (torchrun): each keeps its part of the frozen matrices")
+    add("--variants", type=positive, default=1,
+        help="latents of each clip: the whole on white, then crops on other palette colours")
     add("--mean", type=float, default=0.05, help="mu: mean of the noise outside the ellipse")
     add("--shift", type=float, default=5.0, help="shift of the noise levels")
     add("--unweighted", action="store_true", help="all noise levels weigh alike, not by w(t)")
@@ -450,17 +567,37 @@ def parse_args(argv=None):
     add("--text-layers", type=int, default=2, help="stage base: its layers")
     add("--text-len", type=int, default=64, help="stage base: tokens of a prompt at most")
     add("--drop-text", type=float, default=0.1, help="stage base: share of samples trained with the empty prompt")
-    add("--size", type=positive, default=64, help="side in pixels that clips are scaled to")
-    add("--frames", type=positive, default=17, help="frames of a clip, 4k+1")
+    add("--size", type=pixels, help="area that clips are scaled to, in their own aspect, WxH or one side, pixels; "
+        "default: what config.json of --base says, or else the paper's 640x624 (stage base: 64)")
+    add("--frames", type=positive, help="frames of a clip, 4k+1; default: as for --size, 81 (stage base: 17)")
     add_loop_flags(add)
     args = parser.parse_args(argv)
     args.vae_adapter = args.vae_adapter or str(Path(args.base) / "Wan-Alpha-v2-VAE.safetensors")
     check_run(args)
     if args.dim % (2 * args.heads) or args.text_dim % 4:
         raise ValueError(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}, --text-dim of 4")
-    if args.frames % 4 != 1 or args.size % 16:
-        raise ValueError(f"--frames {args.frames} must be 4k+1 and --size {args.size} a multiple of 16")
+    said = dict(size=[64, 64], frames=17) if args.stage == "base" else generate_section(args.base)
+    args.size = tuple(args.size or said.get("size", [640, 624])[::-1])
+    args.frames = args.frames or said.get("frames", 81)
+    if args.frames % 4 != 1 or any(side % 16 for side in args.size):
+        raise ValueError(f"--frames {args.frames} must be 4k+1 and both sides of --size multiples of 16, not "
+                         f"{args.size[1]}x{args.size[0]}")
     return args
+
+
+def generate_section(base) -> dict:
+    """Size and frames that a model was made for, where its config.json says so."""
+    config = Path(base) / "config.json"
+    section = read_json(config).get("generate", {}) if config.is_file() else {}
+    return section if isinstance(section, dict) else {}
+
+
+def pixels(text: str) -> tuple[int, int]:
+    """"640x624" (width x height) or "64" -> (h, w)."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT or one side in pixels")
+    return int(sides[-1]), int(sides[0])
 
 
 def main(argv=None):
@@ -468,14 +605,16 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     if args.eval:
         return run_eval(args)
-    rank, _, device = start_process_group(args.device)
+    rank, world, device = start_process_group(args.device)
     args.device = device or args.device
-    share(args.batch)
-    dataset = RGBADataset(args.data, args.size, args.frames)
+    shares(args.batch, rank, world, args.accumulate)
+    dataset = checked(RGBADataset(args.data, args.size, args.frames, keep_aspect=True), args)
     run = Path(args.out) / f"dit-{args.stage}"
     if rank == 0:
         record_run(run, args)
-    (train_base if args.stage == "base" else train_rgba)(args, dataset, run)
+    summary = (train_base if args.stage == "base" else train_rgba)(args, dataset, run)
+    if rank == 0:
+        finish(run, summary)
     end_process_group()
 
 
