@@ -1,4 +1,6 @@
-"""The transformer of dit.py with little memory or on many GPUs: it is wrapped from outside, the method is not here.
+"""What serves scale and is not the method: a transformer with little memory or on many GPUs, and the training loop.
+
+The first half wraps the transformer of dit.py from outside:
 
     --offload   blocks stay in host memory and stream through two buffers: one is filled while the other computes
     --fp8       the blocks' matrices are one byte a number, float8_e4m3fn, with one float32 scale a row
@@ -9,6 +11,12 @@
 All of them put something in place of `dit.blocks` or of a layer inside, so one forward serves all. Streamed and
 resident results are the same bits (test_streamed_blocks_give_the_same_bits); two processes equal one to 1e-5
 (test_two_processes_equal_one); float8 is close (test_float8_is_close_and_one_byte).
+
+The second half is `fit`, which runs all four trainings. Every step draws its random numbers from generators seeded with
+(seed, step), those of the whole batch in every process, so that a run may be stopped, killed, resumed, cut into passes
+or shared by processes and still makes the same steps (test_killed_ten_times_it_ends_with_the_same_bits,
+test_processes_and_passes_train_as_one). Data parallel: each process has its share of the batch, gradients are averaged.
+With --shard the frozen matrices are cut up as above, and gathered block by block.
 
 Letters: b batch, n tokens, d width, a heads, p processes, o output rows, i inputs.
 dtype: as in dit.py; a float8 product runs in the dtype of its input, and its rows are scaled after it.

@@ -2417,28 +2417,40 @@ def wait_for(condition, process, seconds=60):
         time.sleep(0.002)
 
 
-def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path, no_sheets):
-    """SIGKILL at a random moment, ten times: the checkpoint is always whole, and the end is that of an unbroken run."""
-    arguments, chance = a_training(tmp_path), random.Random(0)
-    process = started(arguments)
-    process.join()
-    expected = load_file(tmp_path / "out/t2v.safetensors")
-    shutil.rmtree(tmp_path / "out")
-    for kill in range(10):
-        resume = ["--resume"] if (tmp_path / "out/dit-rgba/checkpoint.pt").exists() else []
-        process, reached = started([*arguments, *resume]), steps_done(tmp_path / "out")
-        wait_for(lambda: steps_done(tmp_path / "out") > reached + chance.randint(0, 2) or
-                 reached == 0 and steps_done(tmp_path / "out"), process)
+def killed_and_resumed(folder, arguments, kills, chance):
+    """A training, ended by SIGKILL at random moments as often as `kills` says, then let run to its end; its rows."""
+    out = folder / "out"
+    for _ in range(kills):
+        resume = ["--resume"] if (out / "dit-rgba/checkpoint.pt").exists() else []
+        reached, process = steps_done(out), started([*arguments, *resume])
+        wait_for(lambda: steps_done(out) > reached + chance.randint(0, 2) or not reached and steps_done(out), process)
         time.sleep(chance.uniform(0, 0.05))
         assert process.is_alive(), "it ended before it was killed"
         process.kill()
         process.join()
-    assert not (tmp_path / "out/t2v.safetensors").exists()
+    assert not (out / "t2v.safetensors").exists()
     process = started([*arguments, "--resume"])
     process.join()
+    assert process.exitcode == 0
+    return [json.loads(row)["step"] for row in (out / "dit-rgba/log.jsonl").open()]
+
+
+def unbroken(folder, arguments):
+    process = started(arguments)
+    process.join()
+    expected = load_file(folder / "out/t2v.safetensors")
+    shutil.rmtree(folder / "out")
+    return expected
+
+
+def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path, no_sheets, kills=10, steps=30):
+    """SIGKILL at a random moment: the checkpoint is always whole, and the end is that of an unbroken run.
+    `python test_all.py 200` does it 200 times."""
+    arguments = a_training(tmp_path, steps=steps)
+    expected = unbroken(tmp_path, arguments)
+    rows = killed_and_resumed(tmp_path, arguments, kills, random.Random(0))
     got = load_file(tmp_path / "out/t2v.safetensors")
-    assert process.exitcode == 0 and all(torch.equal(got[k], expected[k]) for k in expected)
-    assert [json.loads(row)["step"] for row in (tmp_path / "out/dit-rgba/log.jsonl").open()] == list(range(1, 31))
+    assert rows == list(range(1, steps + 1)) and all(torch.equal(got[k], expected[k]) for k in expected)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -4135,3 +4147,10 @@ def test_bench_answers_wrong_input_with_one_sentence(tmp_path, capsys, monkeypat
     monkeypatch.setattr(bench, "dit_memory", lambda *args: (0, 0))
     monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: bench.argparse.Namespace(free=0))
     assert "disk space" in said("--load", "tiny", "--folder", str(tmp_path / "new"))
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        kills = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+        test_killed_ten_times_it_ends_with_the_same_bits(Path(folder), None, kills, 4 * kills)
+        print(f"killed {kills} times in {4 * kills} steps: the same bits")

@@ -5,11 +5,11 @@
     python train_dit.py --eval --base base                          # scores of 200 unseen prompts
 
 Both stages learn rectified flow: z_t = sigma noise + (1 - sigma) z, loss = w(t) |v_hat - (noise - z)|^2. Latents are
-encoded once and kept in a cache, one file a clip; so is the text's context where the encoder is frozen. Stage rgba
+encoded once and kept in a cache, one file each; so is the text's context where the encoder is frozen. Stage rgba
 trains on RGBA latents and draws its noise with a mean of mu outside the Gaussian ellipse of the clip's alpha. The loop,
-with its logs, checkpoints and exact resume, is `fit` in train_vae.py. Started by torchrun, the processes share each
-batch and make the steps that one would (test_two_processes_train_as_one).
-dtype rule: parameters, times and losses in float32; with --bf16 the forward passes run under autocast.
+with its workers, checkpoints, exact resume and many processes, is `fit` in scale.py.
+dtype rule: what trains, times and losses in float32; with --bf16 the frozen base of stage rgba is held in bfloat16, and
+stage base computes under autocast.
 """
 
 import argparse

@@ -9,9 +9,9 @@
 
 RGBA stage:  z = merge(features(hard render), features(alpha));  rgb, alpha = the two decoders of z;
              L_vae = L_alpha + L_soft + L_hard + 0.1 L_TABD.
-The loop at the top (`fit`) serves train_dit.py too. Step k draws all its random numbers from one generator seeded with
-(seed, k), so a run that was stopped and resumed makes the same steps: test_all_four_trainings_resume_bit_for_bit.
-dtype rule: parameters, losses and optimiser in float32; with --bf16 the forward passes run under autocast.
+The loop, with its workers, checkpoints, exact resume and many processes, is `fit` in scale.py.
+dtype rule: parameters, losses and optimiser in float32; with --bf16 the autoencoder runs under autocast and the frozen
+transformer, for L_TABD, is held in bfloat16 (times, norms and modulation in float32).
 """
 
 import argparse
