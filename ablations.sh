@@ -6,8 +6,9 @@
 #
 # Prints the table that the README shows. README.md says how long it took and what it means.
 set -euo pipefail
+OUT=$(realpath -m "${1:-$(dirname "$0")/runs/ablations}")
 cd "$(dirname "$0")"
-export OUT=${1:-runs/ablations} OMP_NUM_THREADS=1 DEVICE=${DEVICE:-cpu}
+export OUT OMP_NUM_THREADS=1 DEVICE=${DEVICE:-cpu}
 SEEDS=${SEEDS:-0 1 2} JOBS=${JOBS:-2}
 DATA=$OUT/data
 LOOP="--muon --bf16 --warmup 50 --device $DEVICE --workers 1 --save-every 10000"
@@ -31,14 +32,14 @@ export -f run vae dit
 parallel() { tr '\n' '\0' | xargs -0 -P "$JOBS" -I{} bash -c '{}'; }
 
 [ -f "$DATA/metadata.jsonl" ] || python data.py "$DATA" --clips 1000
-for s in $SEEDS; do cat <<JOBS
+for s in $SEEDS; do cat <<RUNS
 vae naive $s '--naive' '--tabd 0'
 vae render $s '' '--tabd 0'
 vae tabd $s '' '--tabd 0.1'
 vae tabd-official $s '' '--tabd 0.1 --tabd-clamp 0 1'
-JOBS
+RUNS
 done | parallel
-for s in $SEEDS; do cat <<JOBS
+for s in $SEEDS; do cat <<RUNS
 dit dora $s '' '' '1 2 8 20'
 dit lora $s '' '--lora' ''
 dit mean-0 $s '--mean 0' '' ''
@@ -46,7 +47,7 @@ dit mean-0.03 $s '--mean 0.03' '' ''
 dit mean-0.1 $s '--mean 0.1' '' ''
 dit latent-render $s '--vae-adapter $OUT/vae-render/$s/Wan-Alpha-v2-VAE.safetensors' '' ''
 dit latent-tabd $s '--vae-adapter $OUT/vae-tabd/$s/Wan-Alpha-v2-VAE.safetensors' '' ''
-JOBS
+RUNS
 done | parallel
 python - "$OUT" <<'TABLE'
 import json, sys

@@ -337,6 +337,12 @@ def area_size(h, w, area) -> tuple[int, int]:
     return tuple(max(16, 16 * round((area * ratio) ** 0.5 / 16)) for ratio in (h / w, w / h))
 
 
+def to_and_fro(n, count, start=0) -> list[int]:
+    """The numbers of `count` frames of a clip of n, from `start` on, turning round at its ends."""
+    way = [*range(n), *range(n - 2, 0, -1)]
+    return [way[(start + k) % len(way)] for k in range(count)]
+
+
 def slide(rgb, alpha, size, frames, rng):
     """A clip of a still: a window of 0.8 of it goes in a straight line from one corner to the opposite one."""
     whole = tuple(round(n / 0.8) for n in size)
@@ -551,8 +557,7 @@ class RGBADataset(Dataset):
         rgb, alpha = in_parts(lambda *pair: cover(*pair, size), rgb[:self.frames], alpha[:self.frames])
         if len(rgb) == self.frames:
             return rgb, alpha
-        to_and_fro = [*range(len(rgb)), *range(len(rgb) - 2, 0, -1)]
-        pick = [to_and_fro[k % len(to_and_fro)] for k in range(self.frames)]
+        pick = to_and_fro(len(rgb), self.frames)
         return rgb[pick], alpha[pick]
 
     def geometry(self, i, variant=0) -> str:
@@ -582,11 +587,11 @@ class RGBADataset(Dataset):
         except BrokenExecutor as error:
             raise OSError(f"a process reading {self.folder} was ended, for want of memory perhaps; "
                           f"use fewer than {workers} workers.") from error
-        self.lengths |= {sample: row["frames"] for sample, row in zip(self.samples, rows)}
         return rows
 
     def drop_bad(self, rows) -> None:
         """Leave out samples whose row has an error, and name them on stderr. ValueError if more than one in ten has."""
+        self.lengths |= {sample: row["frames"] for sample, row in zip(self.samples, rows)}
         bad = {row["name"]: row["error"] for row in rows if row["error"]}
         if 10 * len(bad) > len(self):
             raise ValueError(f"{len(bad)} of {len(self)} clips in {self.folder} cannot be used, for instance "

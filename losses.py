@@ -134,7 +134,7 @@ def rgba_loss(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor, ge
 
 
 def raw_loss(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor, **options) -> dict[str, Tensor]:
-    """What the paper's naive autoencoder minimises: L_rec of alpha and of the colour as stored, seen or not."""
+    """What a naive autoencoder minimises: L_rec of alpha and of the colour everywhere, also where alpha is 0."""
     return {"alpha": reconstruction_loss(as_grey(alpha_hat), as_grey(alpha), **options),
             "raw": reconstruction_loss(rgb_hat, rgb, **options)}
 

@@ -35,7 +35,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from datetime import timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -170,7 +171,7 @@ def start_process_group(device: str | None = None) -> tuple[int, int, str | None
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))     # one may prepare for hours
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -229,10 +230,12 @@ class SplitBlocks(nn.Module):
 def shard_block(block: nn.Module, training: bool = False) -> nn.Module:
     """The block with each process keeping its rows of the matrices; the few float32 parameters, and in training the
     adapters, stay whole."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard      # a second of imports, for this alone
     whole = {p for name, p in block.named_parameters()
              if training and p.requires_grad or resident_dtype(name, torch.bfloat16) == torch.float32}
-    return fully_shard(block, reshard_after_forward=True, ignored_params=whole)
+    mesh = init_device_mesh(next(block.parameters()).device.type, (processes(),))
+    return fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
 
 
 # ---- loading
@@ -385,7 +388,7 @@ def add_loop_flags(add) -> None:
     add("--save-every", type=positive, default=500, help="steps between checkpoints and contact sheets")
 
 
-FREE = ("resume", "start", "device", "out", "cache", "workers", "log_every", "save_every", "eval", "checkpoint",
+FREE = ("resume", "start", "device", "data", "out", "cache", "workers", "log_every", "save_every", "eval", "checkpoint",
         "checkpoint_offload", "accumulate", "compile", "shard", "half")       # may change when a run is resumed
 
 
@@ -497,18 +500,15 @@ class Batches(Dataset):
             return error
 
 
-def as_it_is(batches):
-    return batches
-
-
-def ignore_interrupts(_) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C reaches workers too, but the run ends its step
+def ignore_signals(_) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):      # they reach workers too, but the run ends its step
+        signal.signal(number, signal.SIG_IGN)
 
 
 def load_batches(draw, steps: range, args) -> Iterator:
     """draw(step) of every step in order, some steps ahead of the training."""
-    ahead = dict(worker_init_fn=ignore_interrupts, prefetch_factor=4) if args.workers else {}
-    loader = DataLoader(Batches(draw), batch_size=None, sampler=steps, num_workers=args.workers, collate_fn=as_it_is,
+    ahead = dict(worker_init_fn=ignore_signals, prefetch_factor=4) if args.workers else {}
+    loader = DataLoader(Batches(draw), batch_size=None, sampler=steps, num_workers=args.workers,
                         pin_memory=torch.device(args.device).type == "cuda", **ahead)
     for batches in loader:
         if isinstance(batches, Exception):
@@ -558,8 +558,7 @@ def go_on(args, run: Path, trained: dict, optimizers, clips: str) -> tuple[int, 
             trained[name].copy_(value)
     if not args.resume:
         return 0, [], []
-    now = fixed_arguments(args) | dict(clips=clips)
-    if other := [name for name, value in now.items() if saved["arguments"].get(name) != value]:
+    if other := [name for name, value in fixed_arguments(args, clips).items() if saved["arguments"].get(name) != value]:
         raise ValueError(f"{run}/checkpoint.pt is of a run with other {', '.join(other)}: give what it was made with, "
                          "or begin a new run from its weights by --start")
     for optimizer, value in zip(optimizers, saved["optimizers"]):
@@ -568,8 +567,10 @@ def go_on(args, run: Path, trained: dict, optimizers, clips: str) -> tuple[int, 
     return saved["step"], saved["losses"], [row for row in rows if row["step"] <= saved["step"]]
 
 
-def fixed_arguments(args) -> dict:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k not in FREE}
+def fixed_arguments(args, clips: str) -> dict:
+    """What a run that goes on must have in common with the one before; clips: the data's fingerprint."""
+    fixed = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items() if k not in FREE}
+    return fixed | dict(data=clips)
 
 
 def check_loss(loss: float, norm: float, losses: list, step: int, names: list, file: Path) -> None:
@@ -600,8 +601,8 @@ def fit(args, run: Path, model: nn.Module, optimizers, steps: int, draw, loss_fn
         if first:
             save_text(run / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     earlier, waited, began, sums, count = rows[-1]["seconds"] if rows else 0, 0.0, time.perf_counter(), {}, 0
-    with open(run / "log.jsonl" if first else os.devnull, "a") as log, caught_signals() as caught:
-        batches = load_batches(draw, range(start, steps), args)
+    with (open(run / "log.jsonl" if first else os.devnull, "a") as log, caught_signals() as caught,
+          closing(load_batches(draw, range(start, steps), args)) as batches):
         for step in (bar := tqdm(range(start, steps), initial=start, total=steps, mininterval=5, disable=not first)):
             asked = time.perf_counter()
             passes = next(batches)
@@ -648,16 +649,17 @@ def gradients(model, trained: dict, passes: list, step: int, loss_fn, seed: int,
 
 def save_run(args, run: Path, step: int, trained, optimizers, losses, clips, rows, sheet_fn) -> None:
     """The first process writes; a sharded model needs all of them to draw the sheet."""
-    file, buffer = run / "checkpoint.pt", io.BytesIO()
+    file, buffer = run / "checkpoint.pt", io.BytesIO()      # torch.save to a full disk is no OSError
     with writing(run):
         if ranks()[0] == 0:
             torch.save(dict(step=step, model=trained, optimizers=[o.state_dict() for o in optimizers], losses=losses,
-                            arguments=fixed_arguments(args) | dict(clips=clips)), buffer)
+                            arguments=fixed_arguments(args, clips)), buffer)
             with replacing(file) as temporary:
                 temporary.write_bytes(buffer.getbuffer())
             draw_curves(run / "curves.png", rows)
         if ranks()[0] == 0 or getattr(args, "shard", False):
             sheet_fn(run / f"sheet-{step:06d}.png")
+
 
 @contextmanager
 def writing(run: Path) -> Iterator[None]:
@@ -672,9 +674,9 @@ def writing(run: Path) -> Iterator[None]:
 
 
 def stopped(step: int, file: Path) -> None:
-    end_process_group()
     if ranks()[0] == 0:
         print(f"stopped after step {step}; {file} holds it, --resume goes on", file=sys.stderr)
+    end_process_group()
     sys.exit(130)
 
 
@@ -684,8 +686,8 @@ def peak_memory(device) -> float:
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
     if resource is None:
         return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+    kilo = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo / 1e9, 2)
 
 
 def finish(run: Path, summary: dict) -> None:
@@ -702,7 +704,7 @@ GLYPHS = dict(zip("abcdefghijklmnopqrstuvwxyz0123456789.-_,:", (int(bits, 16) fo
     "5b6a 5b7d 5aad 5a92 72a7 7b6f 2c97 73e7 72cf 5bc9 79cf 79ef 7252 7bef 7bcf 0002 01c0 0007 0014 0410").split())))
 
 
-def write(panel, text, y, right) -> None:
+def draw_text(panel, text, y, right) -> None:
     """Text on a panel (h w 3), its upper right corner at y, right: 10 pixels high, 8 a character, cut at the left."""
     bits = np.array([GLYPHS.get(c, 0) for c in text.lower()])[:, None] >> np.arange(14, -1, -1) & 1
     dots = np.pad(bits.reshape(-1, 5, 3), ((0, 0), (0, 0), (1, 0))).astype(bool)
@@ -733,10 +735,10 @@ def draw_curve(name, steps, values, width, height):
     x, y = (k[np.isfinite(y)].round().astype(int) for k in (x, y))
     for down, right in np.ndindex(2, 2):
         plot[y + down, x + right] = CURVE
-    write(panel, title := name + ", log" * log, 8, 74 + 8 * len(title))
-    write(panel, f"{high:.3g}".replace("e+", "e"), 26, 68)
-    write(panel, f"{low:.3g}".replace("e+", "e"), 16 + h, 68)
-    write(panel, f"step {last:.0f}", 32 + h, 76 + w)
+    draw_text(panel, title := name + ", log" * log, 8, 74 + 8 * len(title))
+    draw_text(panel, f"{high:.3g}".replace("e+", "e"), 26, 68)
+    draw_text(panel, f"{low:.3g}".replace("e+", "e"), 16 + h, 68)
+    draw_text(panel, f"step {last:.0f}", 32 + h, 76 + w)
     return panel
 
 

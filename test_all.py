@@ -2401,7 +2401,7 @@ def started(arguments):
     """The training in a process of its own."""
     torch.set_num_threads(1)
     process = multiprocessing.get_context("fork").Process(
-        target=lambda: sys.exit(train_vae.one_sentence(lambda: train_dit.main(arguments))))
+        target=lambda: os.setpgrp() or sys.exit(train_vae.one_sentence(lambda: train_dit.main(arguments))))
     process.start()
     return process
 
@@ -2458,7 +2458,7 @@ def test_a_signal_saves_and_stops(number, tmp_path, no_sheets, capfd):
     arguments = a_training(tmp_path, steps=500)
     process = started(arguments)
     wait_for(lambda: steps_done(tmp_path / "out") >= 2, process)
-    os.kill(process.pid, number)
+    os.killpg(process.pid, number)                                        # its workers too, as torchrun does
     process.join(30)
     saved = torch.load(tmp_path / "out/dit-rgba/checkpoint.pt", weights_only=True)
     assert process.exitcode == 130 and saved["step"] == steps_done(tmp_path / "out") < 500
@@ -2514,7 +2514,7 @@ def test_resume_wants_the_same_run(tmp_path, no_sheets):
             train_dit.main([*arguments, *flags, "--resume"])
     train_dit.main([*arguments, "--resume", "--workers", "2", "--save-every", "7"])
     (tmp_path / "data/00002.apng").unlink()
-    with pytest.raises(ValueError, match="of a run with other clips"):
+    with pytest.raises(ValueError, match="of a run with other data"):
         train_dit.main([*arguments, "--resume"])
 
 
@@ -2640,6 +2640,16 @@ def test_clips_of_several_shapes_are_encoded_once_and_drawn_by_shape(tmp_path, m
     (tmp_path / "data/1.txt").write_text("another caption")
     changed = encode()
     assert changed[:3] + changed[6:] == files[:3] + files[6:] and not {*changed[3:6]} & {*files[3:6]}
+
+
+def test_renders_of_one_clip_are_all_held_out_or_none(tmp_path):
+    data.main([str(tmp_path / "data"), "--clips", "20", "--size", "16", "--frames", "1"])
+    args = train_dit.parse_args([str(tmp_path / "data"), "--stage", "base", "--base", str(ROOT / "tiny"), "--cache",
+                                 str(tmp_path / "cache"), "--size", "16", "--frames", "1"])
+    dataset = RGBADataset(args.data, args.size, args.frames)
+    files, captions, training = train_dit.rgb_latents(args, dataset)
+    assert len(files) == len(captions) > 20 and len({*files}) == len(files)
+    assert [train_vae.trained_on(dataset), training] == [19, len(files) - (2 if "transparent" in dataset.caption(19) else 1)]
 
 
 def test_lora_in_place_of_dora(tmp_path, no_sheets):

@@ -77,9 +77,9 @@ def on_background(caption: str, color: str) -> str:
 
 
 @torch.no_grad()
-def rgb_latents(args, dataset) -> tuple[list, list[str]]:
-    """Stage base: every clip rendered on white and on another palette colour -> one file and caption for each.
-    A caption that names no background is always on white."""
+def rgb_latents(args, dataset) -> tuple[list, list[str], int]:
+    """Stage base: every clip rendered on white and on another palette colour -> one file and caption for each, and how
+    many of them are of clips that train. A caption that names no background is always on white."""
     vae = cache(lambda: load_vae(find_vae(args.base), device=args.device))
     weights, names, pairs = file_key(find_vae(args.base)), list(BACKGROUNDS), []
     for i in range(len(dataset)):
@@ -95,7 +95,8 @@ def rgb_latents(args, dataset) -> tuple[list, list[str]]:
                 return {"z": vae().encode(video, CHUNK).float()[0].cpu()}
         return cache_key(dataset.content(i), dataset.geometry(i), weights, args.bf16, color), make
     files = encoded(Path(args.cache), len(pairs), item)
-    return files, [on_background(dataset.caption(i), color) for i, color in pairs]
+    captions = [on_background(dataset.caption(i), color) for i, color in pairs]
+    return files, captions, sum(i < trained_on(dataset) for i, _ in pairs)
 
 
 @torch.no_grad()
@@ -146,7 +147,7 @@ def draw_latents(files, groups, names, batch, seed, accumulate, rank, world, ste
         items = [load_file(files[i]) for i in picks[mine]]
         tensors = {name: [item[name] for item in items] for name in items[0]}
         stacked = {name: torch.stack(tensors[name]) for name in ("z", "mask") if name in tensors}
-        passes.append(dict(tensors | stacked, picks=picks, mine=mine, names=[names[i] for i in picks]))
+        passes.append(dict(tensors | stacked, picks=picks, n=batch, mine=mine, names=[names[i] for i in picks]))
     return passes
 
 
@@ -192,7 +193,7 @@ def keep_float32(*modules: nn.Module) -> None:
 
 
 def train_base(args, dataset, run: Path) -> dict:
-    files, captions = rgb_latents(args, dataset)
+    files, captions, training = rgb_latents(args, dataset)
     text = TextEncoder(make_tokenizer(captions), None, args.text_len)
     vocab = text.tokenizer.get_vocab_size()
     text.model = UMT5(T5Config(vocab, args.text_dim, args.text_dim, 2 * args.text_dim, 4, args.text_layers, 32))
@@ -207,7 +208,7 @@ def train_base(args, dataset, run: Path) -> dict:
         return both["text"](ids[words, :longest], mask[words, :longest]) * mask[words, :longest, None]
 
     def loss(batch, generator):
-        n, mine = len(batch["picks"]), batch["mine"]
+        n, mine = batch["n"], batch["mine"]
         empty = torch.rand(n, generator=generator) < args.drop_text
         words = torch.where(empty, len(captions), torch.tensor(batch["picks"]))[mine]
         with precision(args):
@@ -227,7 +228,6 @@ def train_base(args, dataset, run: Path) -> dict:
         contact_sheet(path, [to_clip(video) for video in vae.decode(z)])
         save_text(path.with_suffix(".txt"), "\n".join(names))
 
-    training = trained_on(files)
     summary = fit_latents(args, run, both, files[:training], captions, loss, sheet, dataset.fingerprint)
     summary["held_out_mse"] = held_out_mse(held_out_step, files[training:]) if training < len(files) else None
     if ranks()[0] == 0:
@@ -274,7 +274,7 @@ def train_rgba(args, dataset, run: Path) -> dict:
         context = [context.to(args.device) for context in batch["context"]]
         z, mask = (batch[name].to(args.device) for name in ("z", "mask"))
         return flow_step(dit, z, context, generator, mask, args.mean, args.shift, not args.unweighted,
-                         len(batch["picks"]), batch["mine"])
+                         batch["n"], batch["mine"])
 
     def held_out_step(item, i, generator):
         z, context, mask = (item[name].to(args.device) for name in ("z", "context", "mask"))
@@ -607,7 +607,7 @@ def main(argv=None):
         return run_eval(args)
     rank, world, device = start_process_group(args.device)
     args.device = device or args.device
-    shares(args.batch, rank, world, args.accumulate)
+    shares(args.batch, rank, world, args.accumulate)        # an error now, not after clips were encoded
     dataset = checked(RGBADataset(args.data, args.size, args.frames, keep_aspect=True), args)
     run = Path(args.out) / f"dit-{args.stage}"
     if rank == 0:

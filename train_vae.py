@@ -29,10 +29,10 @@ from einops import rearrange
 from tqdm import tqdm
 
 from data import (RGBADataset, bleed, cache_key, contact_sheet, over, premultiply, procedural_clip, resize,
-                  save_tensors, save_text, unpremultiply, write_rgba)
+                  save_tensors, save_text, to_and_fro, unpremultiply, write_rgba)
 from dit import load_dit
 from losses import PALETTE, VGG, hard_render, random_colors, raw_loss, rgba_loss, soft_render, tabd_loss, tabd_mask
-from merge import FeatureMerge, RGBAVAE, load_rgba_vae
+from merge import WHITE, FeatureMerge, RGBAVAE, load_rgba_vae
 from sampler import flow_target, interpolate, sample_sigma
 from scale import (add_loop_flags, average, end_process_group, finish, fit, make_optimizers, positive, prepare_blocks,
                    ranks, record_run, shares, start_process_group, step_generator)
@@ -138,9 +138,8 @@ def crop(rgb, alpha, frames: int, side: int, size: int | None, u):
     places = [inside[int(v * len(inside))] if len(inside) else (v * h, v * w) for v in u[2:]]
     y, x = (np.linspace(*(np.clip(place[axis] - window // 2, 0, full - window) for place in places),
                         frames if t == 1 else 1).round().astype(int) for axis, full in ((0, h), (1, w)))
-    to_and_fro = [*range(t), *range(t - 2, 0, -1)]
-    pick = [to_and_fro[(start + k) % len(to_and_fro)] for k in range(frames)]
-    rgb, alpha = (np.stack([video[i, a:a + window, b:b + window] for i, a, b in np.broadcast(pick, y, x)])
+    pick = list(np.broadcast(to_and_fro(t, frames, start), y, x))
+    rgb, alpha = (np.stack([video[i, a:a + window, b:b + window] for i, a, b in pick])
                   for video in (rgb, alpha))
     if window == side:
         return bleed(rgb, alpha), alpha
@@ -293,7 +292,7 @@ def object_region(alpha):
 def reconstruct(rgba: RGBAVAE, rgb, alpha, naive=False):
     """uint8 clip (t, h, w, 3), (t, h, w) -> the same through the autoencoder."""
     device = rgba.vae.conv2.weight.device
-    z = rgba.encode(*(x.to(device) for x in to_video(rgb, alpha)), *[None] * naive)
+    z = rgba.encode(*(x.to(device) for x in to_video(rgb, alpha)), None if naive else WHITE)
     return to_clip(*(x[0] for x in rgba.decode(z)))
 
 
@@ -327,7 +326,7 @@ def cell_losses(rgba: RGBAVAE, dit, empty, clips, naive=False) -> dict:
     sigma = torch.tensor([0.25, 0.5, 0.75], device=device)
     for i, clip in enumerate(tqdm(clips, desc="cells")):
         rgb, alpha = (x.to(device) for x in to_video(*clip))
-        z, mask = rgba.encode(rgb, alpha, *[None] * naive), tabd_mask(alpha)
+        z, mask = rgba.encode(rgb, alpha, None if naive else WHITE), tabd_mask(alpha)
         noise = torch.randn(3, *z.shape[1:], generator=step_generator(0, i)).to(device)
         z = z.expand_as(noise)
         v_hat = dit(interpolate(z, noise, sigma), 1000 * sigma, [empty] * 3)
@@ -387,8 +386,8 @@ def parse_args(argv=None):
                                       "base": "3000:1:40:64,1600:5:40:16,500:17:64:6"}[args.stage]
     sides = [side for _, _, side, _ in parse_schedule(args.schedule)]
     step = 16 if args.stage == "rgba" and args.tabd else 8
-    if args.eval and (args.size or 64) % 8 or not args.eval and any(side % step for side in sides):
-        raise ValueError(f"--size {args.size} of --eval must be a multiple of 8, the schedule's sides of {step}")
+    if args.eval and (args.size or 64) % 16 or not args.eval and any(side % step for side in sides):
+        raise ValueError(f"--size {args.size} of --eval must be a multiple of 16, the schedule's sides of {step}")
     if args.size and not args.eval and max(sides) > args.size:
         raise ValueError(f"--size {args.size} must be no smaller than the schedule's largest side, {max(sides)}")
     return args
@@ -516,8 +515,9 @@ def main(argv=None):
     rank, world, device = start_process_group(args.device)
     args.device, phases = device or args.device, parse_schedule(args.schedule)
     for _, _, _, batch in phases:
-        shares(batch, rank, world, args.accumulate)
-    dataset = checked(RGBADataset(args.data, args.size or max(p[2] for p in phases), max(p[1] for p in phases)), args)
+        shares(batch, rank, world, args.accumulate)     # an error now, not after clips were read
+    size, frames, room = args.size or max(p[2] for p in phases), max(p[1] for p in phases), 4 / world
+    dataset = checked(RGBADataset(args.data, size, frames, cache_gb=room / max(1, args.workers)), args)
     run = Path(args.out) / f"vae-{args.stage}"
     if rank == 0:
         record_run(run, args)
