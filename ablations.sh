@@ -16,8 +16,9 @@ export VAE="train_vae.py $DATA $LOOP --perceptual 0 --rank 16 --lr 1e-3 --lora-p
 export DIT="train_dit.py $DATA $LOOP --cache $OUT/cache --rank 24 --lr 2e-3 --lora-plus 4 --unweighted --steps 600 --batch 16"
 
 run() {                     # NAME, the training's command, the evaluation's command
-    mkdir -p "$OUT/$1"
-    [ -f "$OUT/$1/eval.json" ] || { python $2 --out "$OUT/$1" && python $3 --out "$OUT/$1"; } > "$OUT/$1/log.txt" 2>&1 ||
+    [ ! -f "$OUT/$1/eval.json" ] || return 0
+    rm -rf "$OUT/$1" && mkdir -p "$OUT/$1"
+    { python $2 --out "$OUT/$1" && python $3 --out "$OUT/$1"; } > "$OUT/$1/log.txt" 2>&1 ||
         { echo "$1 failed, see $OUT/$1/log.txt" >&2; exit 255; }
 }
 vae() {                     # NAME, SEED, flags of both commands, flags of the training

@@ -428,9 +428,12 @@ def read_csv(path, root) -> list[Sample]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
             columns = next((c for c in COLUMNS if {*c} <= {*(table.fieldnames or ())}), None)
-            rows = [[(row[c] or "").strip() for c in columns] for row in table] if columns else []
+            lines = list(table) if columns else []
+            rows = [[(row[c] or "").strip() for c in columns] for row in lines]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no CSV table in UTF-8; save it as one.") from error
+    if any(None in row for row in lines):
+        raise ValueError(f"{path} has a line of more cells than its first one; put text with a comma in quotes.")
     rows = [row for row in rows if any(row)]
     if not rows or not all(row[0] for row in rows):
         raise ValueError(f"{path} lacks {'a video in a row' if rows else 'rows' if columns else 'columns'}; its first "
@@ -451,8 +454,11 @@ def find_samples(folder) -> list[Sample]:
     root, media, found = Path(folder), [], []
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}; `python data.py {root} --clips 2000` makes one.")
+    seen = set()                                                          # a link may lead back up
     for top, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        folders[:] = sorted(name for name in folders if name[0] != ".")
+        seen.add(os.path.realpath(top))
+        folders[:] = sorted(name for name in folders if name[0] != "." and
+                            os.path.realpath(os.path.join(top, name)) not in seen)
         one_clip = Path(top) != root and bool(frames_of(files))
         kinds = {*MEDIA} - {".png"} if one_clip else MEDIA
         media += [Path(top)] * one_clip

@@ -35,7 +35,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import groupby
@@ -362,15 +362,34 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2 ** 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def number(low: float, high: float = math.inf):
+    """An argparse type: a finite number from low to high."""
+    def parse(text):
+        with suppress(ValueError):
+            if low <= float(text) <= high and math.isfinite(float(text)):
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number " + (f"from {low:g} to {high:g}" if high < math.inf
+                                                                         else f"of at least {low:g}"))
+    return parse
+
+
 def add_loop_flags(add) -> None:
     """The flags that `fit` and `make_optimizers` read, for both training commands; defaults are the paper's."""
-    add("--lr", type=float, default=1e-4, help="learning rate, after the warm-up falling to zero at the last step")
+    add("--lr", type=number(1e-12), default=1e-4,
+        help="learning rate, after the warm-up falling to zero at the last step")
     add("--warmup", type=positive, default=100, help="steps in which the learning rate rises to --lr")
-    add("--betas", type=float, nargs=2, default=(0.9, 0.999), help="AdamW's averages of gradient and square")
-    add("--weight-decay", type=float, default=0.01, help="of AdamW and Muon")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--betas", type=number(0, 0.999999), nargs=2, default=(0.9, 0.999),
+        help="AdamW's averages of gradient and square")
+    add("--weight-decay", type=number(0), default=0.01, help="of AdamW and Muon")
+    add("--clip", type=number(1e-6), default=1.0, help="largest norm of the gradient")
     add("--muon", action="store_true", help="Muon for matrices and kernels, AdamW for the rest; without: AdamW for all")
-    add("--lora-plus", type=float, default=1.0, help="how many times larger the steps of LoRA's B are")
+    add("--lora-plus", type=number(1e-6), default=1.0, help="how many times larger the steps of LoRA's B are")
     add("--accumulate", type=positive, default=1, help="passes that a batch is cut into: less memory, the same step")
     add("--checkpoint", action="store_true", help="compute each block again in the backward pass: less memory, slower")
     add("--checkpoint-offload", action="store_true", help="the same, what is kept between blocks in host memory")
@@ -379,8 +398,8 @@ def add_loop_flags(add) -> None:
     add("--compile", action="store_true",
         help="torch.compile the blocks: faster after a minute or so, needs a C++ compiler")
     add("--half", action="store_true", help="store the result in float16")
-    add("--seed", type=int, default=0, help="of weights, batches and noise")
-    add("--workers", type=int, default=min(4, max(1, (os.cpu_count() or 1) // 2)),
+    add("--seed", type=whole, default=0, help="of weights, batches and noise")
+    add("--workers", type=whole, default=min(4, max(1, (os.cpu_count() or 1) // 2)),
         help="processes that read clips while the model trains; 0: none")
     add("--start", help="checkpoint.pt of another run whose weights this run starts from")
     add("--resume", action="store_true", help="go on from the last checkpoint of the same run")
@@ -443,7 +462,9 @@ def make_optimizers(module: nn.Module, args) -> list:
             grad = trained[name].grad
             view.grad = None if grad is None else grad.flatten(1)
     others = {k: p for k, p in trained.items() if k not in views}
-    optimizers = [torch.optim.AdamW(groups(others), args.lr, tuple(args.betas), weight_decay=args.weight_decay)]
+    optimizers = []
+    if others:
+        optimizers.append(torch.optim.AdamW(groups(others), args.lr, tuple(args.betas), weight_decay=args.weight_decay))
     if views:
         optimizers.append(torch.optim.Muon(groups(views), args.lr, args.weight_decay, adjust_lr_fn="match_rms_adamw"))
         optimizers[-1].register_step_pre_hook(hand_over_gradients)
@@ -512,7 +533,7 @@ def load_batches(draw, steps: range, args) -> Iterator:
                         pin_memory=torch.device(args.device).type == "cuda", **ahead)
     for batches in loader:
         if isinstance(batches, Exception):
-            raise batches
+            raise ValueError(f"{batches} The run stopped there; --resume goes on from its last checkpoint")
         yield batches
 
 
@@ -539,6 +560,7 @@ def read_run(file, trained: dict) -> dict:
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         fits = {k: v.shape for k, v in saved["model"].items()} == {k: p.shape for k, p in trained.items()}
+        saved["step"], saved["optimizers"], saved["losses"], saved["arguments"]
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {file} to go on from; start without --resume or --start") from None
     except Exception as error:
@@ -550,21 +572,27 @@ def read_run(file, trained: dict) -> dict:
 
 def go_on(args, run: Path, trained: dict, optimizers, clips: str) -> tuple[int, list, list]:
     """Takes up --resume or --start: the first step, the losses and the lines of log.jsonl so far."""
+    file = run / "checkpoint.pt"
+    if not args.resume and file.exists():
+        raise ValueError(f"{run} holds a run already: --resume goes on with it; or choose another --out, or delete it")
     if not (args.resume or args.start):
         return 0, [], []
-    saved = read_run(run / "checkpoint.pt" if args.resume else args.start, trained)
+    saved = read_run(file if args.resume else args.start, trained)
     with torch.no_grad():
         for name, value in saved["model"].items():
             trained[name].copy_(value)
     if not args.resume:
         return 0, [], []
     if other := [name for name, value in fixed_arguments(args, clips).items() if saved["arguments"].get(name) != value]:
-        raise ValueError(f"{run}/checkpoint.pt is of a run with other {', '.join(other)}: give what it was made with, "
+        raise ValueError(f"{file} is of a run with other {', '.join(other)}: give what it was made with, "
                          "or begin a new run from its weights by --start")
     for optimizer, value in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(value)
-    rows = [json.loads(row) for row in (run / "log.jsonl").read_text().splitlines()]
-    return saved["step"], saved["losses"], [row for row in rows if row["step"] <= saved["step"]]
+    rows = []
+    for row in (run / "log.jsonl").read_text().splitlines() if (run / "log.jsonl").exists() else []:
+        with suppress(ValueError):          # a line that was cut
+            rows += [row] if (row := json.loads(row))["step"] <= saved["step"] else []
+    return saved["step"], saved["losses"], rows
 
 
 def fixed_arguments(args, clips: str) -> dict:
@@ -599,6 +627,7 @@ def fit(args, run: Path, model: nn.Module, optimizers, steps: int, draw, loss_fn
     with writing(run):
         run.mkdir(parents=True, exist_ok=True)
         if first:
+            record_run(run, args)
             save_text(run / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     earlier, waited, began, sums, count = rows[-1]["seconds"] if rows else 0, 0.0, time.perf_counter(), {}, 0
     with (open(run / "log.jsonl" if first else os.devnull, "a") as log, caught_signals() as caught,

@@ -2364,6 +2364,12 @@ def test_flow_step_draws_the_shifted_noise():
     (train_vae, ["{data}", "--stage", "base", "--schedule", "1:1:16:1", "--start", "{data}/0.apng"],
      "0.apng is not a checkpoint"),
     (train_vae, ["{data}", "--schedule", "9:5:64:2", "--perceptual", "0"], "--size 32 must be"),
+    (train_vae, ["{data}", "--schedule", "9:5:8:2", "--tabd", "0"], "from 16 on"),
+    (train_vae, ["{data}", "--schedule", "9:5:24:2"], "sides must be multiples of 16"),
+    (train_vae, ["{data}", "--schedule", "9:5:32:1", "--tabd-clamp", "1", "-1"], "lower bound first"),
+    (train_vae, ["{data}", "--schedule", "9:5:32:3", "--accumulate", "2", "--perceptual", "0"], "multiple of that"),
+    (train_vae, ["{data}", "--resume", "--schedule", "9:5:32:1", "--perceptual", "0", "--tabd", "0"],
+     "no .*checkpoint.pt to go on from"),
     (train_vae, ["{data}", "--device", "cuda:99"], "cuda:99 is not to be had"),
     (train_dit, ["{data}", "--stage", "base", "--dim", "50"], "--dim 50"),
     (train_dit, ["{data}", "--frames", "16"], "4k\\+1"),
@@ -2649,7 +2655,41 @@ def test_renders_of_one_clip_are_all_held_out_or_none(tmp_path):
     dataset = RGBADataset(args.data, args.size, args.frames)
     files, captions, training = train_dit.rgb_latents(args, dataset)
     assert len(files) == len(captions) > 20 and len({*files}) == len(files)
-    assert [train_vae.trained_on(dataset), training] == [19, len(files) - (2 if "transparent" in dataset.caption(19) else 1)]
+    renders = 2 if "transparent" in dataset.caption(19) else 1
+    assert train_vae.trained_on(dataset) == 19 and training == len(files) - renders
+
+
+def test_a_folder_of_mixed_aspects_trains_and_draws(tmp_path):
+    for i, size in enumerate(((16, 32), (32, 16))):
+        clip = procedural_clip(i, size, 1, two=0)
+        write_rgba(tmp_path / f"data/{i}.webp", clip.rgb, clip.alpha)
+    arguments = [str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--size",
+                 "32x16", "--frames", "1", "--batch", "2", "--rank", "2", "--steps", "2", "--workers", "0"]
+    train_dit.main(arguments)
+    assert (tmp_path / "out/t2v.safetensors").exists() and (tmp_path / "out/dit-rgba/sheet-000002.png").exists()
+    said = (tmp_path / "out/dit-rgba/run.json").read_text()
+    with pytest.raises(ValueError, match="holds a run already: --resume goes on"):
+        train_dit.main([*arguments, "--lr", "1e-3"])
+    with pytest.raises(ValueError, match="other lr"):
+        train_dit.main([*arguments, "--lr", "1e-3", "--resume"])
+    assert (tmp_path / "out/dit-rgba/run.json").read_text() == said
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:-100])                        # cut: made again
+    (tmp_path / "data/.checked.json").write_text('[1, {"name": 2}')
+    with (tmp_path / "out/dit-rgba/log.jsonl").open("a") as log:
+        log.write('{"step": 3, "los')
+    train_dit.main([*arguments, "--resume"])
+    assert all(train_dit.is_whole(file) for file in (tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("script", [train_vae, train_dit])
+@pytest.mark.parametrize("flags", [
+    ["--lr", "nan"], ["--lr", "0"], ["--clip", "-1"], ["--betas", "2", "2"], ["--workers", "-1"], ["--warmup", "0"],
+    ["--accumulate", "0"], ["--seed", "-1"], ["--lora-plus", "0"], ["--weight-decay", "inf"], ["--size", "0"]])
+def test_flags_that_make_no_sense_are_refused(script, flags, capsys):
+    with pytest.raises(SystemExit) as left:
+        script.main(["data", *flags])
+    assert left.value.code == 2 and re.search(rf"argument {flags[0]}: '.*' is not ", capsys.readouterr().err)
 
 
 def test_lora_in_place_of_dora(tmp_path, no_sheets):

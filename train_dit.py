@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -40,8 +40,8 @@ from losses import PALETTE, soft_render
 from merge import load_rgba_vae
 from sampler import (ellipse_mask, euler, flow_target, gaussian_mask, interpolate, sample_sigma, shift_noise,
                      shifted_sigmas)
-from scale import (add_loop_flags, end_process_group, finish, fit, make_optimizers, place_dit, positive, prepare_blocks,
-                   ranks, record_run, shares, start_process_group, step_generator)
+from scale import (add_loop_flags, end_process_group, finish, fit, make_optimizers, number, place_dit, positive,
+                   prepare_blocks, ranks, shares, start_process_group, step_generator)
 from text import T5Config, TextEncoder, UMT5, encoder_file, load_text_encoder, make_tokenizer
 from train_vae import (TINY, check_run, checked, find_vae, held_out_clips, one_sentence, precision, stored, to_clip,
                        to_video, trained_on)
@@ -62,13 +62,27 @@ def encoded(folder: Path, n: int, item) -> list[Path]:
     for i in tqdm(range(rank, n, world), desc="latents", disable=rank > 0):
         key, make = item(i)
         files[i] = folder / f"{key}.safetensors"
-        if not files[i].exists():
-            save_tensors(files[i], make())
+        if not is_whole(files[i]):
+            tensors = make()
+            try:
+                save_tensors(files[i], tensors)
+            except OSError as error:
+                raise OSError(f"cannot write latents into {folder} ({error.strerror}): make room or choose another "
+                              "--cache") from None
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, files)
         files = {i: file for part in parts for i, file in part.items()}
     return [files[i] for i in range(n)]
+
+
+def is_whole(file: Path) -> bool:
+    """A file of tensors of which nothing is missing."""
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (FileNotFoundError, SafetensorError):
+        return False
 
 
 def on_background(caption: str, color: str) -> str:
@@ -281,7 +295,8 @@ def train_rgba(args, dataset, run: Path) -> dict:
         return flow_step(dit, z, context, generator, mask, args.mean, args.shift)
 
     def sheet(path):
-        items = [load_file(files[args.variants * i]) for i in held_out_clips(dataset, 4)]
+        items = [load_file(files[args.variants * i]) for i in held_out_clips(dataset)]
+        items = [item for item in items if item["z"].shape == items[0]["z"].shape][:4]
         rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
         contact_sheet(path, [clip for item in items for clip in sample(
             dit, rgba, [item["context"]], item["mask"][None], args)])
@@ -548,7 +563,7 @@ def parse_args(argv=None):
         help="folder of encoded latents, reused where nothing they depend on has changed")
     add("--eval", action="store_true", help="score unseen prompts instead of training")
     add("--prompts", type=positive, default=200, help="how many unseen prompts --eval scores")
-    add("--eval-steps", type=int, nargs="*", default=[1, 2, 8, 20], help="Euler steps that --eval tries besides 4")
+    add("--eval-steps", type=positive, nargs="*", default=[1, 2, 8, 20], help="Euler steps that --eval tries besides 4")
     add("--brief", action="store_true", help="--eval without the mean shift off and without moving the ellipse")
     add("--steps", type=positive, default=1750, help="training steps")
     add("--batch", type=positive, default=8, help="clips a step")
@@ -557,16 +572,17 @@ def parse_args(argv=None):
     add("--shard", action="store_true", help="several GPUs (torchrun): each keeps its part of the frozen matrices")
     add("--variants", type=positive, default=1,
         help="latents of each clip: the whole on white, then crops on other palette colours")
-    add("--mean", type=float, default=0.05, help="mu: mean of the noise outside the ellipse")
-    add("--shift", type=float, default=5.0, help="shift of the noise levels")
+    add("--mean", type=number(-10, 10), default=0.05, help="mu: mean of the noise outside the ellipse")
+    add("--shift", type=number(0.01, 1000), default=5.0, help="shift of the noise levels")
     add("--unweighted", action="store_true", help="all noise levels weigh alike, not by w(t)")
-    add("--dim", type=int, default=192, help="stage base: width of the transformer")
+    add("--dim", type=positive, default=192, help="stage base: width of the transformer")
     add("--heads", type=positive, default=6, help="stage base: its heads")
-    add("--layers", type=int, default=6, help="stage base: its blocks")
-    add("--text-dim", type=int, default=128, help="stage base: width of the text encoder")
-    add("--text-layers", type=int, default=2, help="stage base: its layers")
-    add("--text-len", type=int, default=64, help="stage base: tokens of a prompt at most")
-    add("--drop-text", type=float, default=0.1, help="stage base: share of samples trained with the empty prompt")
+    add("--layers", type=positive, default=6, help="stage base: its blocks")
+    add("--text-dim", type=positive, default=128, help="stage base: width of the text encoder")
+    add("--text-layers", type=positive, default=2, help="stage base: its layers")
+    add("--text-len", type=positive, default=64, help="stage base: tokens of a prompt at most")
+    add("--drop-text", type=number(0, 1), default=0.1,
+        help="stage base: share of samples trained with the empty prompt")
     add("--size", type=pixels, help="area that clips are scaled to, in their own aspect, WxH or one side, pixels; "
         "default: what config.json of --base says, or else the paper's 640x624 (stage base: 64)")
     add("--frames", type=positive, help="frames of a clip, 4k+1; default: as for --size, 81 (stage base: 17)")
@@ -610,8 +626,6 @@ def main(argv=None):
     shares(args.batch, rank, world, args.accumulate)        # an error now, not after clips were encoded
     dataset = checked(RGBADataset(args.data, args.size, args.frames, keep_aspect=True), args)
     run = Path(args.out) / f"dit-{args.stage}"
-    if rank == 0:
-        record_run(run, args)
     summary = (train_base if args.stage == "base" else train_rgba)(args, dataset, run)
     if rank == 0:
         finish(run, summary)

@@ -16,6 +16,7 @@ transformer, for L_TABD, is held in bfloat16 (times, norms and modulation in flo
 
 import argparse
 import json
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -34,8 +35,8 @@ from dit import load_dit
 from losses import PALETTE, VGG, hard_render, random_colors, raw_loss, rgba_loss, soft_render, tabd_loss, tabd_mask
 from merge import WHITE, FeatureMerge, RGBAVAE, load_rgba_vae
 from sampler import flow_target, interpolate, sample_sigma
-from scale import (add_loop_flags, average, end_process_group, finish, fit, make_optimizers, positive, prepare_blocks,
-                   ranks, record_run, shares, start_process_group, step_generator)
+from scale import (add_loop_flags, average, end_process_group, finish, fit, make_optimizers, number, positive,
+                   prepare_blocks, ranks, shares, start_process_group, step_generator)
 from text import load_text_encoder
 from vae import ResidualBlock, VAEConfig, WanVAE, load_vae
 
@@ -46,36 +47,50 @@ TINY = Path(__file__).parent / "tiny"
 
 
 def one_sentence(main) -> int:
-    """Run main; a ValueError or OSError (wrong input from outside) becomes one sentence on stderr and exit code 2."""
+    """Run main; a ValueError or OSError (wrong input from outside) becomes one sentence on stderr and exit code 2, as
+    do too little memory and the end of another process. SIGTERM counts as Ctrl-C: 130."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
         return 0
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        said, code = f"error: {error}", 2
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        said, code = "stopped", 130
+    except RuntimeError as error:
+        if "memory" not in str(error) and (ranks()[1] == 1 or "peer" not in str(error)):
+            raise
+        said, code = "error: " + ("another process ended, its message says why" if "peer" in str(error) else
+                                  "not enough memory: try a smaller batch, --accumulate, --checkpoint"), 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(said, file=sys.stderr)
+    return code
 
 
 def check_run(args):
     """What both trainings can tell from their arguments alone."""
     if not args.eval and not args.data:
         raise ValueError("give a folder of clips to train on, or --eval")
+    if not Path(args.base).is_dir():
+        raise FileNotFoundError(f"there is no folder {args.base}: give --base the folder of a checkpoint")
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
+        torch.empty(0, device=args.device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device {args.device} is not to be had here; try cpu") from None
 
 
 def checked(dataset: RGBADataset, args) -> RGBADataset:
     """Reads every clip once before a training begins and drops what cannot be read; what was found is kept in the
     folder as .checked.json, so that only new and changed files are read the next time."""
-    known, rows = Path(args.data) / ".checked.json", [None]
+    file, known, rows = Path(args.data) / ".checked.json", [], [None]
     if ranks()[0] == 0:
-        rows = dataset.check(args.workers, json.loads(known.read_text()) if known.exists() else [])
-        with suppress(OSError):         # a folder that cannot be written is read again
-            save_text(known, json.dumps(rows))
+        with suppress(OSError, ValueError, TypeError):      # no such file yet, or a damaged one
+            known = json.loads(file.read_text(encoding="utf-8"))
+            known = [row for row in known if {"name", "bytes", "changed", "frames", "error"} <= {*row}]
+        rows = dataset.check(args.workers, known)
+        with suppress(OSError):                             # a folder that cannot be written is read again
+            save_text(file, json.dumps(rows))
     if ranks()[1] > 1:
         rows = [rows]
         torch.distributed.broadcast_object_list(rows)
@@ -110,10 +125,10 @@ def parse_schedule(text: str) -> list[tuple[int, int, int, int]]:
     """"4000:1:40:64,800:17:64:6" -> phases of (steps, frames, side in pixels, batch)."""
     try:
         phases = [tuple(map(int, phase.split(":"))) for phase in text.split(",")]
-        assert all(len(p) == 4 and min(p) > 0 and p[1] % 4 == 1 and p[2] % 8 == 0 for p in phases)
+        assert all(len(p) == 4 and min(p) > 0 and p[1] % 4 == 1 and p[2] % 8 == 0 and p[2] > 8 for p in phases)
     except (ValueError, AssertionError):
         raise ValueError(f"--schedule {text!r} is not steps:frames:side:batch,... with 4k+1 frames and sides in "
-                         "multiples of 8") from None
+                         "multiples of 8 from 16 on") from None
     return phases
 
 
@@ -370,15 +385,15 @@ def parse_args(argv=None):
     add("--size", type=positive, help="pixels that a clip's shorter side is scaled to before it is cropped; default: a "
         "random one to two times the crop, as in the paper; for --eval 64")
     add("--rank", type=positive, default=128, help="rank of the decoders' LoRA")
-    add("--perceptual", type=float, default=1.0, help="weight of the VGG term; 0 trains without it")
+    add("--perceptual", type=number(0), default=1.0, help="weight of the VGG term; 0 trains without it")
     add("--vgg", default="vgg16-397923af.pth", help="ImageNet weights of VGG-16 for the perceptual term")
-    add("--tabd", type=float, default=0.1, help="weight of L_TABD; 0 trains without a transformer")
-    add("--tabd-clamp", type=float, nargs=2, default=(-1.0, 1.0),
+    add("--tabd", type=number(0), default=0.1, help="weight of L_TABD; 0 trains without a transformer")
+    add("--tabd-clamp", type=number(-1e6, 1e6), nargs=2, default=(-1.0, 1.0),
         help="-1 1 as in the paper, 0 1 as in the official code")
     add("--naive", action="store_true", help="without renders: raw colour and alpha in, raw colour and alpha compared")
     add("--dim", type=positive, default=16, help="stage base: channels at full resolution (Wan: 96)")
     add("--res-blocks", type=positive, default=1, help="stage base: residual blocks a level (Wan: 2)")
-    add("--kl", type=float, default=3e-5, help="stage base: weight of the KL term")
+    add("--kl", type=number(0), default=3e-5, help="stage base: weight of the KL term")
     add_loop_flags(add)
     args = parser.parse_args(argv)
     check_run(args)
@@ -386,10 +401,14 @@ def parse_args(argv=None):
                                       "base": "3000:1:40:64,1600:5:40:16,500:17:64:6"}[args.stage]
     sides = [side for _, _, side, _ in parse_schedule(args.schedule)]
     step = 16 if args.stage == "rgba" and args.tabd else 8
-    if args.eval and (args.size or 64) % 16 or not args.eval and any(side % step for side in sides):
-        raise ValueError(f"--size {args.size} of --eval must be a multiple of 16, the schedule's sides of {step}")
+    if args.size and args.size % 16:
+        raise ValueError(f"--size {args.size} must be a multiple of 16")
+    if not args.eval and any(side % step for side in sides):
+        raise ValueError(f"--schedule {args.schedule}: the sides must be multiples of {step}")
     if args.size and not args.eval and max(sides) > args.size:
         raise ValueError(f"--size {args.size} must be no smaller than the schedule's largest side, {max(sides)}")
+    if args.tabd_clamp[0] >= args.tabd_clamp[1]:
+        raise ValueError("--tabd-clamp wants the lower bound first, such as -1 1")
     return args
 
 
@@ -519,8 +538,6 @@ def main(argv=None):
     size, frames, room = args.size or max(p[2] for p in phases), max(p[1] for p in phases), 4 / world
     dataset = checked(RGBADataset(args.data, size, frames, cache_gb=room / max(1, args.workers)), args)
     run = Path(args.out) / f"vae-{args.stage}"
-    if rank == 0:
-        record_run(run, args)
     draw = partial(draw_batch, dataset, phases, args.size, args.seed, args.accumulate, rank, world)
     summary = (train_base if args.stage == "base" else train_rgba)(args, dataset, run, draw)
     if rank == 0:
