@@ -533,7 +533,7 @@ def load_batches(draw, steps: range, args) -> Iterator:
                         pin_memory=torch.device(args.device).type == "cuda", **ahead)
     for batches in loader:
         if isinstance(batches, Exception):
-            raise ValueError(f"{batches} The run stopped there; --resume goes on from its last checkpoint")
+            raise ValueError(f"{batches} (the run stopped there; --resume goes on from its last checkpoint)")
         yield batches
 
 
@@ -559,8 +559,8 @@ def read_run(file, trained: dict) -> dict:
     """A checkpoint.pt that `fit` wrote for a model with the same trained tensors."""
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        fits = {k: v.shape for k, v in saved["model"].items()} == {k: p.shape for k, p in trained.items()}
-        saved["step"], saved["optimizers"], saved["losses"], saved["arguments"]
+        fits = {k: v.shape for k, v in saved["model"].items()} == {k: p.shape for k, p in trained.items()} and (
+            {"step", "optimizers", "losses", "arguments"} <= saved.keys())
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {file} to go on from; start without --resume or --start") from None
     except Exception as error:
