@@ -720,9 +720,12 @@ def peak_memory(device) -> float:
 
 
 def finish(run: Path, summary: dict) -> None:
-    """run/summary.json, and the same in a line on stdout."""
+    """run/summary.json, and the same on stdout; scores by name a line."""
     save_text(run / "summary.json", json.dumps(summary, indent=1) + "\n")
-    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in summary.items()))
+    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in summary.items() if type(value) is not dict))
+    for title, scores in summary.items():
+        for name, values in scores.items() if type(scores) is dict else ():
+            print(f"{title.replace('_', ' ')}: {name:<24}" + ", ".join(f"{kind} {x:.3f}" for kind, x in values.items()))
 
 
 # ---- the curves of a training, drawn with numpy alone
