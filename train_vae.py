@@ -16,6 +16,7 @@ transformer, for L_TABD, is held in bfloat16 (times, norms and modulation in flo
 
 import argparse
 import json
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -75,7 +76,8 @@ def check_run(args):
     if not Path(args.base).is_dir():
         raise FileNotFoundError(f"there is no folder {args.base}: give --base the folder of a checkpoint")
     try:
-        torch.empty(0, device=args.device).cpu()
+        if "RANK" not in os.environ:        # torchrun's processes get their devices later
+            torch.empty(0, device=args.device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device {args.device} is not to be had here; try cpu") from None
 
@@ -486,11 +488,16 @@ def train_rgba(args, dataset, run: Path, draw) -> dict:
     return summary
 
 
-def write_comparison(folder: Path, name: str, target, result):
+def unseen_clip(i: int, size: int):
+    clip = procedural_clip(10 ** 9 + i, size, 17, split="test")
+    return clip.rgb, clip.alpha
+
+
+def write_comparison(path: Path, target, result):
     """Target and result, colour and alpha: four clips that play anywhere."""
     for kind, (rgb, alpha) in (("target", target), ("result", result)):
-        write_rgba(folder / f"{name}-{kind}-colour.mp4", rgb)
-        write_rgba(folder / f"{name}-{kind}-alpha.mp4", np.repeat(alpha[..., None], 3, -1))
+        write_rgba(path.with_name(f"{path.name}-{kind}-colour.mp4"), rgb)
+        write_rgba(path.with_name(f"{path.name}-{kind}-alpha.mp4"), np.repeat(alpha[..., None], 3, -1))
 
 
 def run_eval(args):
@@ -499,27 +506,27 @@ def run_eval(args):
     rgba, size, sets = load_rgba_vae(find_vae(args.base), adapter, device=args.device), args.size or 64, {}
     if args.data:
         dataset = RGBADataset(args.data, size)
-        sets["clips"] = {dataset.name(i): dataset.clip(i) for i in range(len(dataset))}
+        sets["clips"] = {dataset.name(i): partial(dataset.clip, i) for i in range(len(dataset))}
     else:
-        clips = [procedural_clip(10 ** 9 + i, size, 17, split="test") for i in range(args.clips)]
-        sets["unseen clips"] = {f"{i:02d}": (clip.rgb, clip.alpha) for i, clip in enumerate(clips)}
+        sets["unseen clips"] = {f"{i:02d}": partial(unseen_clip, i, size) for i in range(args.clips)}
     if args.stills:
         stills = RGBADataset(args.stills, size, frames=1)
-        sets["stills"] = {stills.name(i): stills.clip(i) for i in range(len(stills))}
+        sets["stills"] = {stills.name(i): partial(stills.clip, i) for i in range(len(stills))}
     record = dict(arguments=vars(args))
     for title, clips in sets.items():
-        rows = evaluate(rgba, clips.values(), args.naive)
+        rows = evaluate(rgba, (read() for read in clips.values()), args.naive)
         print_scores(title, rows)
         record[title] = dict(mean=mean_scores(rows), clips=dict(zip(clips, rows)))
     first = next(iter(sets.values()))
-    for name, clip in list(first.items())[:8]:
-        write_comparison(out / "eval", Path(name).stem, clip, reconstruct(rgba, *clip, args.naive))
+    for name, read in list(first.items())[:8]:
+        clip = read()
+        write_comparison(out / "eval" / Path(name).with_suffix(""), clip, reconstruct(rgba, *clip, args.naive))
     try:
         judge = load_judge(args)
     except FileNotFoundError:
         print("\nno transformer in --base: its loss on opaque and transparent cells was not measured")
     else:
-        record["cells"] = cell_losses(rgba, **judge, clips=first.values(), naive=args.naive)
+        record["cells"] = cell_losses(rgba, **judge, clips=(read() for read in first.values()), naive=args.naive)
         print("\nloss of the frozen transformer on {}: ".format(next(iter(sets))), ", ".join(
             f"{name} cells {value:.3f}" for name, value in record["cells"].items() if value is not None))
     save_text(out / "eval.json", json.dumps(record, indent=1) + "\n")
