@@ -58,6 +58,10 @@ from statistics import mean, stdev
 def runs(name):
     return [json.loads(file.read_text()) for file in sorted(Path(sys.argv[1]).glob(f"{name}/*/eval.json"))]
 
+def held_out(name):
+    files = sorted(Path(sys.argv[1]).glob(f"{name}/*/dit-rgba/summary.json"))
+    return cell([json.loads(file.read_text())["held_out_mse"] for file in files], "{:.3f}")
+
 def cell(values, form="{:.1f}"):
     values = [value for value in values if value is not None]
     spread = form.format(stdev(values)) if len(values) > 1 else "-"
@@ -75,9 +79,9 @@ for name in ("naive", "render", "tabd", "tabd-official"):
     cells = [cell([run["cells"][kind] for run in runs("vae-" + name)], "{:.2f}") for kind in ("opaque", "transparent")]
     print(f"| {name} |", " | ".join(scores + cells), "|")
 names = ("corners", "no_holes", "color", "motion", "shape", "material")
-print("\n| transformer |", " | ".join(names), "|\n|" + "---|" * 7)
+print("\n| transformer | error on held-out clips |", " | ".join(names), "|\n|" + "---|" * 8)
 for name in ("dora", "lora", "mean-0", "mean-0.03", "mean-0.1", "latent-render", "latent-tabd"):
-    print(f"| {name} |", " | ".join(shares("dit-" + name, score) for score in names), "|")
+    print(f"| {name} | {held_out('dit-' + name)} |", " | ".join(shares("dit-" + name, score) for score in names), "|")
 for steps in ("1", "2", "8", "20"):
-    print(f"| dora, {steps} steps |", " | ".join(shares("dit-dora", score, steps) for score in names), "|")
+    print(f"| dora, {steps} steps | |", " | ".join(shares("dit-dora", score, steps) for score in names), "|")
 TABLE
