@@ -2399,8 +2399,12 @@ def a_training(folder, *flags, steps=30):
 
 @pytest.fixture
 def no_sheets(monkeypatch):
+    leave_out_sheets(monkeypatch)
+
+
+def leave_out_sheets(patch):
     for name in ("sample", "load_rgba_vae", "contact_sheet"):
-        monkeypatch.setattr(train_dit, name, lambda *_, **__: [])
+        patch.setattr(train_dit, name, lambda *_, **__: [])
 
 
 def started(arguments):
@@ -4212,7 +4216,8 @@ def test_bench_answers_wrong_input_with_one_sentence(tmp_path, capsys, monkeypat
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        leave_out_sheets(patch)
         kills = int(sys.argv[1]) if len(sys.argv) > 1 else 100
         test_killed_ten_times_it_ends_with_the_same_bits(Path(folder), None, kills, 4 * kills)
         print(f"killed {kills} times in {4 * kills} steps: the same bits")
