@@ -4,7 +4,7 @@
 #     bash ablations.sh [FOLDER]          # default runs/ablations; a run that is finished is not made again
 #     JOBS=2 SEEDS="0 1 2" DEVICE=cpu     # runs at a time (one thread each), seeds, where they compute
 #
-# Prints the table that the README shows. README.md says how long it took and what it means.
+# Prints the tables that the README shows; there it says, too, how long it took and what it means.
 set -euo pipefail
 OUT=$(realpath -m "${1:-$(dirname "$0")/runs/ablations}")
 cd "$(dirname "$0")"

@@ -164,8 +164,8 @@ def crop(rgb, alpha, frames: int, side: int, size: int | None, u):
 
 
 def draw_clips(dataset, indices, frames: int, side: int, size: int | None, u, mine=slice(None)) -> dict:
-    """The clips of a batch: rgb (n, 3, frames, side, side) in [-1, 1], alpha (n, 1, ...) in [0, 1], and their names.
-    u (n, 4): `crop`'s numbers for each; mine: the part of the batch that is read."""
+    """The clips of a batch: rgb (n, 3, frames, side, side) in [-1, 1], alpha (n, 1, ...) in [0, 1], of the part
+    `mine` of the batch, which alone is read; and the names of the whole. u (n, 4): `crop`'s numbers for each."""
     clips = [crop(*dataset.source(int(i)), frames, side, size, v) for i, v in zip(indices[mine], u[mine].tolist())]
     rgb, alpha = (torch.from_numpy(np.stack(part)) for part in zip(*clips))
     return dict(rgb=rearrange(rgb, "b t h w c -> b c t h w").float() / 127.5 - 1,
