@@ -3,7 +3,7 @@
 z (b c t h w) is cut into 1x2x2 patches, tokens of width d. In every block the tokens attend to each other (3-D rotary
 positions), then to the text, then pass a feed-forward network; t shifts, scales and gates the first and the last of the
 three. Wan2.1, arXiv 2503.20314, section 4.2. Wan-Alpha changes nothing here: its adapters merge into the weights, which
-`load_dit` does on the way. Only that needs `dora.py`; the model itself imports nothing of ours.
+`load_dit` does on the way. Only that needs `dora.py` and `kit/files.py`; the model itself needs nothing of ours.
 
 Letters: b batch, c channels, t frames, h height, w width, n tokens, l text tokens, d width, a heads. Parameters have
 their official names.
@@ -12,9 +12,8 @@ dtype: a matrix product runs in the dtype of its weights. Residual stream, norms
 of t are always float32 (bfloat16 turns t = 988.49 and 987.17 both into 988: test_dit_keeps_time_in_float32), and
 `load_dit` leaves the weights of time embedding, modulation, norms and head in float32.
 Difference from the official code: one size for all clips of a batch; the rotation is real and float32, not complex and
-float64 (test_dit_equals_official).
+float64 (test_official_numbers).
 """
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -23,10 +22,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dora import Delta, merge_tensor, parse_adapter, read_adapter, read_delta
+from dora import Delta, merge_tensor, parse_adapter, read_delta
+from kit.files import Checkpoint, check_fit, find_dit, read_json
 
 
 @dataclass
@@ -208,42 +207,11 @@ class WanDiT(nn.Module):
 FLOAT32 = ("time_", "modulation", "norm", "head")   # parameters with one of these in their name stay float32
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a readable JSON object: download it again")
-    return content
-
-
-def weight_files(path: Path) -> list[Path]:
-    index = path / "diffusion_pytorch_model.safetensors.index.json"
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"{index} names no shards: download it again")
-        files = sorted({path / name for name in names.values()})
-    else:
-        files = [path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no {file}: give a folder with all files of a DiT, or one .safetensors")
-    return files
-
-
-def open_weights(file: Path) -> safe_open:
-    try:
-        return safe_open(file, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no safetensors file or is cut short ({error}): download it again") from None
-
-
-def read_config(path: Path, shapes: dict) -> DiTConfig:
+def read_config(path: Path, meta: dict[str, Tensor]) -> DiTConfig:
     """What config.json in (or beside) path says; what it leaves unsaid, and the patch size, the tensors' shapes tell.
 
     ValueError for tensors of something else, and for sizes that are no whole numbers above 0 or do not go together."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta.items()}
     try:
         dim, in_dim, *patch_size = shapes["patch_embedding.weight"]
         config = dict(dim=dim, in_dim=in_dim, patch_size=patch_size, ffn_dim=shapes["blocks.0.ffn.0.bias"][0],
@@ -269,14 +237,13 @@ def read_config(path: Path, shapes: dict) -> DiTConfig:
     return config
 
 
-def read_deltas(file: str | Path, state: dict, scale: float) -> dict[str, Delta]:
+def read_deltas(file: Checkpoint, path: str | Path, state: dict, scale: float) -> dict[str, Delta]:
     """What an adapter does to the tensors of `state`, by their names; its own are left in the file, for `read_delta`.
     ValueError unless names and shapes fit."""
-    adapter = read_adapter(file, device="meta")
     try:
-        return parse_adapter(adapter, state, scale)
+        return parse_adapter(file.meta, state, scale)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
 
 
 def open_dit(path: str | Path, adapters=()) -> tuple[WanDiT, Iterator[tuple[str, Tensor]]]:
@@ -285,26 +252,22 @@ def open_dit(path: str | Path, adapters=()) -> tuple[WanDiT, Iterator[tuple[str,
 
     path, adapters and errors as in `load_dit`; the errors come at once, before the first tensor is read.
     """
-    path, files, shapes = Path(path), {}, {}
-    for file in weight_files(path):
-        weights = open_weights(file)
-        files |= dict.fromkeys(weights.keys(), file)
-        shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+    path = Path(path)
+    weights = Checkpoint(*find_dit(path))
     with torch.device("meta"):
-        model = WanDiT(read_config(path, shapes))
+        model = WanDiT(read_config(path, weights.meta))
     state = model.state_dict()
-    expected = {name: tuple(p.shape) for name, p in state.items()}
-    wrong = [f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
-             for name in expected | shapes if expected.get(name) != shapes.get(name)]
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} tensors do not fit the config: " + "; ".join(wrong[:10]))
-    adapters = [(file, read_deltas(file, state, scale)) for file, scale in adapters]
+    check_fit(path, state, weights.meta, "the transformer of its config")
+    changes = []
+    for file, scale in adapters:
+        adapter = Checkpoint(file)
+        changes.append((adapter, read_deltas(adapter, file, state, scale)))
 
     def read(name):
-        tensor = open_weights(files[name]).get_tensor(name)     # mapped anew each time, a file gives its pages back
-        for file, deltas in adapters:
+        tensor = weights.read([name])[name]
+        for adapter, deltas in changes:
             if name in deltas:
-                tensor = merge_tensor(tensor.float(), read_delta(deltas[name], file))
+                tensor = merge_tensor(tensor.float(), read_delta(deltas[name], adapter))
         return tensor
     return model, ((name, read(name)) for name in state)
 

@@ -9,36 +9,27 @@ At inference nothing is left of this but other values in the same weights: Wan-A
 q k v o ffn.0 ffn.2 of every block) and then LightX2V's few-step LoRA, in this order, for the two do not commute.
 Its two VAE decoders carry LoRA on every convolution (r 128, s 1/128).
 
-Four parts: layers that train (`add_lora`, `add_dora`), the names they are stored under (`adapter_state`,
-`load_adapter_state`), the merge into a state dict (`read_adapter`, `merge_adapter`, and the latter's two halves
-`parse_adapter` and `merge_tensor` for loaders that see one tensor at a time), and the command
-
-    python dora.py FILE                          what that adapter is, and which released model it fits
-    python dora.py FILE --to peft|comfy OUT      the same adapter under the other key names
-    python dora.py                               this stage's shapes
+Three parts: layers that train (`add_lora`, `add_dora`), the names they are stored under (`adapter_state`,
+`load_adapter_state`), and the merge into a state dict (`merge_adapter`, and its two halves `parse_adapter` and
+`merge_tensor` for loaders that see one tensor at a time). What an adapter file is, `python -m kit.adapter FILE` tells.
 
 Letters: o output rows, i inputs, r rank, k kernel. dtype: adapters are made in float32; sums, norms and merges are
 computed in float32 and cast to the weight's dtype; a linear layer's low-rank products run in the dtype of its input.
 Difference from the official code: that merges the keys it knows and passes over the rest, here every key must find its
-tensor (test_dora_key_without_target_is_refused); where both merge they agree (test_dora_merge_equals_official).
+tensor (test_dora_key_without_target_is_refused); where both merge they agree (test_official_numbers).
 """
-import argparse
 import copy
 import functools
 import math
-import pickle
 import re
-import sys
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import einsum
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from kit.files import Checkpoint
 
 
 # The equations
@@ -293,132 +284,14 @@ def merge_adapter(state: dict[str, Tensor], adapter: dict[str, Tensor], scale: f
     return {name: merge_tensor(weight, deltas[name]) if name in deltas else weight for name, weight in state.items()}
 
 
-def read_adapter(path: str | Path, keys: Iterable[str] | None = None, device="cpu") -> dict[str, Tensor]:
-    """The tensors of a .safetensors, or of a .bin, .pth or .pt file (memory-mapped). Code in a pickle is never run.
-
-    keys: only these. device "meta": shapes alone, nothing is read; a mapping of its own each time gives its pages back
-    with the tensors (see `read_delta`); a pickle is mapped once and whole, whatever keys and device are.
-    FileNotFoundError if there is none; ValueError if it holds more than tensors, is cut short or is something else."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no adapter file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                if device == "meta":
-                    return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}
-                return {key: file.get_tensor(key) for key in keys or file.keys()}
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds Python objects and was not opened: export its plain state dict") from None
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError):
-        raise ValueError(f"{path} is cut short, unreadable or no checkpoint: download or export it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path} is not a flat dict of tensors: export the adapter's state dict alone")
-    return tensors
-
-
-def read_delta(delta: Delta, path: str | Path) -> Delta:
+def read_delta(delta: Delta, file: Checkpoint) -> Delta:
     """A delta parsed from shapes alone with its tensors, read from that file: they take memory while they are used."""
     keys = {part: key for part, key in delta.keys.items() if getattr(delta, part).is_meta}
-    tensors = read_adapter(path, keys.values()) if keys else {}
+    tensors = file.read(keys.values())
     return replace(delta, **{part: tensors[key] for part, key in keys.items()})
 
 
-# The command
-
-WORDS = {"peft": dict(down="{}.lora_A.default.weight", up="{}.lora_B.default.weight",
-                      magnitude="{}.lora_magnitude_vector.default.weight"),
-         "comfy": dict(down="diffusion_model.{}.lora_down.weight", up="diffusion_model.{}.lora_up.weight",
-                       magnitude="diffusion_model.{}.lora_magnitude_vector.weight", alpha="diffusion_model.{}.alpha",
-                       weight="diffusion_model.{}.diff", bias="diffusion_model.{}.diff_b",
-                       modulation="diffusion_model.{}.diff_m")}
-
-
-def dialect(key: str) -> str:
-    """Whose spelling an adapter's key has, and the word that tells: "ComfyUI (lora_down)", "peft (lora_A.default)"."""
-    word = KEY.fullmatch(key)["part"] + ".default" * (".default" in key)
-    owners = {"lora_unet_": "kohya", "diffusion_model.": "ComfyUI", "base_model.model.": "peft, base_model.model."}
-    owner = next((owner for prefix, owner in owners.items() if key.startswith(prefix)), None)
-    return f"{owner or ('peft' if word.startswith('lora_A') else 'no prefix')} ({word})"
-
-
-@functools.cache
-def released_models(vae: bool) -> dict[str, dict[str, Tensor]]:
-    """Names and shapes, as meta tensors, of the models that an adapter may be for."""
-    from dit import WAN_14B, WAN_1_3B, WanDiT
-    from vae import WanVAE
-    with torch.device("meta"):
-        if not vae:
-            return {"Wan 1.3B": WanDiT(WAN_1_3B).state_dict(), "Wan 14B": WanDiT(WAN_14B).state_dict()}
-        state = WanVAE().state_dict()
-    return {"Wan's VAE": {f"{branch}.{name}": p for branch in ("vae_fgr", "vae_pha") for name, p in state.items()}}
-
-
-def describe_fit(adapter: dict[str, Tensor], vae: bool) -> list[str]:
-    """How many layers fit each released model, names and shapes; up to ten keys that do not fit the nearest."""
-    layers = {layer for layer, part in map(split_key, adapter) if part}
-    problems = {model: match_adapter(adapter, state)[1] for model, state in released_models(vae).items()}
-    fit = {model: len(layers - {split_key(key)[0] for key in wrong}) for model, wrong in problems.items()}
-    nearest = max(fit, key=fit.get)
-    left = [f"{key} {text}" for key, text in problems[nearest].items()]
-    return [*(f"{model}: {n} of {len(layers)} layers fit" for model, n in fit.items()),
-            f"left over in {nearest}: {len(left) or 'nothing'}", *("  " + text for text in left[:10])]
-
-
-def describe(path: str | Path) -> str:
-    """What an adapter file is: dialect, kind, rank, scale, differences; which layers of the released models it fits.
-    ValueError if it is no adapter, or one with LyCORIS's magnitudes."""
-    from merge import adapter_part
-    adapter, kinds = read_adapter(path), Counter()
-    if vae := any(key.startswith(("vae_fgr.", "vae_pha.")) for key in adapter):
-        kinds = Counter(map(adapter_part, adapter))
-        adapter = {key: t for key, t in adapter.items() if adapter_part(key) not in ("middle", "skipped")}
-    parts = {key: split_key(key) for key in adapter}
-    count = Counter(part for _, part in parts.values())
-    if not count.keys() - {""}:
-        raise ValueError(f"{path} is no adapter: none of its {len(adapter)} keys names a LoRA, a DoRA or a difference")
-    rank = {layer: len(adapter[key]) for key, (layer, part) in parts.items() if part == "down"}
-    scales = {float(adapter[key]) / rank.get(layer, 1) for key, (layer, part) in parts.items() if part == "alpha"}
-    spelt = dict.fromkeys(dialect(key) for key, (_, part) in parts.items() if part in (["down"] if rank else PARTS))
-    return "\n".join([
-        f"{path}: {', '.join(spelt)}",
-        f"{'DoRA' if count['magnitude'] else 'LoRA'} on {len(rank)} layers, rank {sorted(set(rank.values()))}, scale "
-        f"{sorted(scales) or ('1 / rank' if vae else '1') + ', there is no .alpha'}",
-        "differences: " + (", ".join(f"{count[d]} {d}" for d in ("diff", "diff_b", "diff_m") if count[d]) or "none"),
-        *[f"merge block: {kinds['middle']} tensors; frozen copies, skipped: {kinds['skipped']}"] * vae,
-        *describe_fit(adapter, vae)])
-
-
-def fold_alpha(name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parts with s = alpha / r inside B. ValueError if that rounds; it does not for powers of two."""
-    scale, up = float(parts["alpha"]) / len(parts["down"]), parts["up"]
-    folded = (scale * up.double()).to(up.dtype)
-    if not torch.equal(folded.double(), scale * up.double()):
-        raise ValueError(f"peft has no name for the scale {scale:g} of {name}, which does not go into B unrounded")
-    return {part: tensor for part, tensor in parts.items() if part != "alpha"} | {"up": folded}
-
-
-def respell(adapter: dict[str, Tensor], to: str) -> dict[str, Tensor]:
-    """An adapter of Wan's transformer in the dialect "peft" or "comfy", its tensors bit for bit. ValueError for what
-    that cannot say: peft has no differences and no `.alpha`, which goes into B where nothing is rounded."""
-    deltas, problems = match_adapter(adapter, dict.fromkeys(released_models(vae=False)["Wan 14B"]))
-    raise_if([f"{key} {text}" for key, text in problems.items()])
-    result = {}
-    for name, delta in deltas.items():
-        layer, _, parameter = name.rpartition(".")
-        parts = {parameter if part == "diff" else part: adapter[key] for part, key in delta.keys.items()}
-        if parts.keys() & {"down", "up", "magnitude", "alpha"} and not parts.keys() >= {"down", "up"}:
-            raise ValueError(f"{name} has {', '.join(parts)}, but not both low-rank factors")
-        if to == "peft" and "alpha" in parts:
-            parts = fold_alpha(name, parts)
-        if unsaid := parts.keys() - WORDS[to].keys():
-            raise ValueError(f"{to} has no name for differences, as {layer} has them in its {', '.join(unsaid)}")
-        result |= {WORDS[to][part].format(layer): tensor for part, tensor in parts.items()}
-    return result
-
-
-def show_stage() -> None:
+if __name__ == "__main__":
     plain, x = nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48)), torch.randn(4, 48)
     adapted = add_dora(copy.deepcopy(plain), rank=4, alpha=4, targets=["0", "2"])
     for layer in adapted_layers(adapted).values():
@@ -428,28 +301,3 @@ def show_stage() -> None:
     merged = torch.func.functional_call(plain, merge_adapter(plain.state_dict(), adapter_state(adapted)), x)
     print(f"the adapter moves the output by {(merged - plain(x)).abs().max():.3f}; "
           f"merged and unmerged differ by {(merged - adapted(x)).abs().max():.1e}")
-
-
-def main(argv: list[str] | None = None) -> None:
-    from data import save_tensors
-    parser = argparse.ArgumentParser(prog="dora.py", description="What an adapter file is; without one, shapes.")
-    parser.add_argument("file", nargs="?", metavar="FILE", help="LoRA or DoRA: .safetensors, .bin, .pth or .pt")
-    parser.add_argument("--to", nargs=2, metavar=("peft|comfy", "OUT"), help="write it, so spelt, to OUT.safetensors")
-    args = parser.parse_args(argv)
-    to, out = args.to or ("peft", ".safetensors")
-    if to not in WORDS or not out.endswith(".safetensors") or (args.to and not args.file):
-        parser.error("--to takes a FILE before it, peft or comfy, and a name that ends in .safetensors")
-    try:
-        if args.to:
-            save_tensors(out, respell(read_adapter(args.file), to))
-        elif args.file:
-            print(describe(args.file))
-        else:
-            show_stage()
-    except (ValueError, OSError, SafetensorError) as error:
-        print("dora.py:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

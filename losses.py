@@ -13,11 +13,11 @@ dtype: float32 in and out; a caller that trains in lower precision casts what it
 
 Differences from the official code (commit 5804410):
 - TABD is clamped to [-1,1], as its formula needs; officially to [0,1], which leaves transparent cells without gradient
-  (`tabd_loss(..., clamp=(0, 1))`, test_tabd_gradient_of_a_transparent_cell).
+  (`tabd_loss(..., clamp=(0, 1))`, test_tabd_pulls_opaque_cells_and_pushes_transparent_ones_within_bounds).
 - Edges by Sobel, as the paper says; officially by central differences
-  (`edge_loss(..., operator="central")`, test_edge_loss_is_official).
+  (`edge_loss(..., operator="central")`, test_official_alpha_edges_and_model_times).
 - The hard render cuts the output, too, by the target's alpha; by the formula each is cut by its own (see `rgba_loss`,
-  test_rgba_loss_ignores_colour_that_nobody_sees).
+  test_rgba_loss_sees_alpha_and_visible_colour_alone).
 - TABD is meant for normalised latents, which the transformer knows; officially they come as the encoder left them.
 """
 from functools import partial
@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
+
+from kit.files import Checkpoint
 
 PALETTE = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)  # (n=8, 3): the corners of the RGB cube
 GREY = torch.tensor([0.257, 0.504, 0.098])
@@ -45,11 +47,10 @@ def hard_render(rgb: Tensor, alpha: Tensor, color: Tensor) -> Tensor:
     return soft_render(rgb, (alpha > 0).to(rgb), color)
 
 
-def random_colors(n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def random_colors(generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
     """Two different palette colours a sample, (n,3) each: one for the soft render, another for the hard one."""
-    first = torch.randint(8, (n,), generator=generator)
-    other = (first + torch.randint(1, 8, (n,), generator=generator)) % 8
-    return PALETTE[first], PALETTE[other]
+    pairs = torch.stack([torch.randperm(8, generator=generator)[:2] for generator in generators])
+    return PALETTE[pairs[:, 0]], PALETTE[pairs[:, 1]]
 
 
 class VGG(nn.Module):
@@ -75,16 +76,16 @@ class VGG(nn.Module):
 
 
 def read_vgg(path: str | Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the VGG-16 file that `like` names. Its old format cannot be memory-mapped."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist: download vgg16-397923af.pth from download.pytorch.org/models "
-                                "or train without the perceptual term by --perceptual 0")
+    """The tensors of the VGG-16 file that `like` names."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {k: state[k].reshape(v.shape) for k, v in like.items()}
-    except Exception as error:
-        raise ValueError(f"{path} does not hold the weights of VGG-16 ({type(error).__name__}): "
-                         "use vgg16-397923af.pth or train without the perceptual term by --perceptual 0") from error
+        state = Checkpoint(path).read(like)
+        return {name: state[name].reshape(tensor.shape) for name, tensor in like.items()}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} does not exist: download vgg16-397923af.pth from download.pytorch.org/models "
+                                "or train without the perceptual term by --perceptual 0") from None
+    except (ValueError, KeyError, RuntimeError):
+        raise ValueError(f"{path} does not hold the weights of VGG-16: use vgg16-397923af.pth or train without the "
+                         "perceptual term by --perceptual 0") from None
 
 
 def gradient_magnitude(x: Tensor, operator: str = "sobel") -> Tensor:
@@ -115,16 +116,16 @@ def as_grey(alpha: Tensor) -> Tensor:
     return (2 * alpha - 1).expand(-1, 3, -1, -1, -1)
 
 
-def rgba_loss(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor, generator: torch.Generator | None = None,
-              colors: tuple[Tensor, Tensor] | None = None, **options) -> dict[str, Tensor]:
+def rgba_loss(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor, colors: tuple[Tensor, Tensor],
+              **options) -> dict[str, Tensor]:
     """L_alpha, L_soft and L_hard of an output (rgb_hat, alpha_hat) and its target; the loss is the sum of the values.
 
     Colour (b,3,t,h,w) in [-1,1]; alpha (b,1,t,h,w) in [0,1], compared as grey 2a - 1 so that all terms weigh alike.
     Output and target share each random colour. The hard render cuts both by the target's alpha: cut by its own, an
     output faintly opaque everywhere would be drawn to random colours. colors: of the soft and the hard render, (b,3)
-    each, instead of random ones. options: those of `reconstruction_loss`.
+    each, as `random_colors` draws them. options: those of `reconstruction_loss`.
     """
-    soft, hard = colors or random_colors(len(rgb), generator)
+    soft, hard = colors
     pairs = {
         "alpha": (as_grey(alpha_hat), as_grey(alpha)),
         "soft": (soft_render(rgb_hat, alpha_hat, soft), soft_render(rgb, alpha, soft)),
@@ -143,7 +144,7 @@ def tabd_mask(alpha: Tensor) -> Tensor:
     """M of L_TABD: alpha (b,1,t,h,w) in [0,1], t = 4k+1 -> (b,1,1+k,h/8,w/8), a cell: 8 x 8 pixels, 1 or 4 frames.
 
     +1 opaque (every pixel 1); -1 transparent (every pixel 0) or semi-transparent (every pixel between); 0 mixed.
-    In the first frame all that is not opaque is -1. Source: official code (test_tabd_mask_is_official).
+    In the first frame all that is not opaque is -1. Source: official code (test_official_masks).
     """
     if (alpha.shape[2] - 1) % 4 or alpha.shape[3] % 8 or alpha.shape[4] % 8:
         t, h, w = alpha.shape[2:]
@@ -175,7 +176,7 @@ if __name__ == "__main__":
     alpha = (1.5 - 2 * (x**2 + y**2).sqrt()).clamp(0, 1).expand(1, 1, 17, 64, 64)  # a disc with a soft rim
     rgb = torch.stack([x, y, -x]).view(1, 3, 1, 64, 64).expand(1, 3, 17, 64, 64)
     for name, hat in {"equal": (rgb, alpha), "paler": (rgb * 0.8, alpha), "fainter": (rgb, alpha * 0.8)}.items():
-        parts = rgba_loss(*hat, rgb, alpha, torch.Generator().manual_seed(0))
+        parts = rgba_loss(*hat, rgb, alpha, random_colors([torch.Generator().manual_seed(0)]))
         print(name.ljust(8), *(f"{k} {v:.4f}" for k, v in parts.items()))
     print("latent cells, later frames: # opaque, - transparent or semi-transparent, . mixed")
     print("\n".join("".join("-.#"[int(m) + 1] for m in row) for row in tabd_mask(alpha)[0, 0, 1]))

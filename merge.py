@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dora import adapter_state, add_lora, merge_adapter
+from dora import adapter_state, add_lora, merge_adapter, parse_adapter
+from kit.files import Checkpoint, load_strict
 from losses import hard_render
-from vae import (AttentionBlock, CausalConv3d, RMSNorm, ResidualBlock, Sequential, WanVAE, chunks, load_strict,
-                 load_vae, read_checkpoint)
+from vae import AttentionBlock, CausalConv3d, RMSNorm, ResidualBlock, Sequential, WanVAE, chunks, load_vae
 
 WHITE = torch.ones(3)
 
@@ -59,18 +59,27 @@ class FeatureMerge(nn.Module):
         head[2].bias.copy_(mix @ vae.encoder.head[2].bias + offset)
 
 
+ENCODING, DECODING = ("encoder", "conv1"), ("conv2", "decoder")
+
+
+def keep(vae: WanVAE, names: tuple) -> WanVAE:
+    """A VAE of these parts alone; their parameters are shared with `vae`."""
+    part = copy.copy(vae)
+    part._modules = {name: module for name, module in vae._modules.items() if name in names}
+    return part
+
+
 class RGBAVAE(nn.Module):
-    """vae: the base, whose encoder is used; middle: the merge block or None (decode only);
-    vae_fgr, vae_pha: decoders of RGB, alpha; skipped: tensors of the adapter file that nobody needs."""
+    """vae: of the base what encodes; middle: the merge block; without one there is nothing to encode with (decode
+    only). vae_fgr, vae_pha: decoders of RGB, alpha; skipped: tensors of the adapter file that nobody needs."""
 
     skipped = 0
 
     def __init__(self, vae: WanVAE, middle: FeatureMerge | None = None):
         super().__init__()
-        self.vae, self.middle = vae.requires_grad_(False), middle
-        self.vae_fgr, self.vae_pha = (copy.deepcopy(vae) for _ in range(2))
-        for branch in (self.vae_fgr, self.vae_pha):
-            del branch.encoder, branch.conv1
+        vae.requires_grad_(False)
+        self.vae, self.middle = keep(vae, ENCODING if middle else ()), middle
+        self.vae_fgr, self.vae_pha = (copy.deepcopy(keep(vae, DECODING)) for _ in range(2))
 
     def merged(self, rgb, alpha, caches=(None, None, None)):
         """Raw latent of one chunk: rgb rendered, alpha as grey, both (b, 3, t, h, w) in [-1, 1]."""
@@ -132,9 +141,10 @@ def split_adapter(state: dict, path) -> dict[str, dict]:
         part = adapter_part(key)
         parts[part][key.removeprefix(part + ".")] = value
     if parts[""] or not parts["vae_fgr"] or not parts["vae_pha"]:
-        one = "; of two decoders merged already give both files, RGB first" * ("decoder.conv1.weight" in state)
-        raise ValueError(f"{path} is not a Wan-Alpha VAE adapter: it needs vae_fgr.* and vae_pha.* LoRA keys"
-                         + (f" and has {', '.join([*parts['']][:10])}" if parts[""] else "") + one)
+        has = f" and has {', '.join([*parts['']][:10])}" if parts[""] else ""
+        if "decoder.conv1.weight" in state:
+            has += "; of two decoders merged already give both files, RGB first"
+        raise ValueError(f"{path} is not a Wan-Alpha VAE adapter: it needs vae_fgr.* and vae_pha.* LoRA keys{has}")
     return parts
 
 
@@ -142,44 +152,49 @@ def load_rgba_vae(vae_path, adapter_path, dtype=torch.float32, device="cpu") -> 
     """Base VAE file plus adapter: decoder.bin (decode only), *-VAE.bin, or what train_vae.py wrote; LoRA is merged in
     float32. Or, in place of an adapter, two whole VAEs whose decoders are merged already, RGB first (decode only):
     ComfyUI's wan_alpha_2.1_vae_rgb_channel.safetensors and wan_alpha_2.1_vae_alpha_channel.safetensors.
-    ValueError if something does not fit."""
-    vae = load_vae(vae_path, dtype=torch.float32)
+    device "meta": names and shapes only. ValueError if something does not fit."""
+    source = "meta" if str(device) == "meta" else "cpu"
+    vae = load_vae(vae_path, device=source)
     files = [adapter_path] if isinstance(adapter_path, (str, Path)) else list(adapter_path)
     if len(files) not in (1, 2):
         raise ValueError(f"a VAE adapter is one file, or two of merged decoders, RGB first; not {len(files)}")
-    rgba = load_merged(vae, files) if len(files) == 2 else load_adapted(vae, files[0])
+    rgba = load_merged(vae, files, source) if len(files) == 2 else load_adapted(vae, files[0], source)
     return rgba.to(device, dtype).requires_grad_(False).eval()
 
 
-def load_adapted(vae: WanVAE, path) -> RGBAVAE:
-    parts = split_adapter(read_checkpoint(path)[0], path)
-    rgba = RGBAVAE(vae, load_middle(parts["middle"], path) if parts["middle"] else None)
+def load_adapted(vae: WanVAE, path, device) -> RGBAVAE:
+    file = Checkpoint(path)
+    parts = split_adapter(file.meta if device == "meta" else file.read(), path)
+    rgba = RGBAVAE(vae, load_middle(parts["middle"], path, device) if parts["middle"] else None)
     rgba.skipped = len(parts["skipped"])
     for branch, lora in ((rgba.vae_fgr, parts["vae_fgr"]), (rgba.vae_pha, parts["vae_pha"])):
         rank = next((v.shape[0] for k, v in lora.items() if ".lora_A." in k), 1)
         try:
-            branch.load_state_dict(merge_adapter(branch.state_dict(), lora, scale=1 / rank))
+            if device == "meta":
+                parse_adapter(lora, branch.state_dict())    # a product there would import torch's compiler, a second
+            else:
+                branch.load_state_dict(merge_adapter(branch.state_dict(), lora, scale=1 / rank), assign=True)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
     return rgba
 
 
-def load_merged(vae: WanVAE, paths: list) -> RGBAVAE:
+def load_merged(vae: WanVAE, paths: list, device) -> RGBAVAE:
     """RGB and alpha decoder from two whole VAEs; their encoders, the base's own, are passed over and counted."""
     rgba = RGBAVAE(vae)
     for path, branch in zip(paths, (rgba.vae_fgr, rgba.vae_pha)):
-        state, names = load_vae(path, vae.config).state_dict(), branch.state_dict()
-        branch.load_state_dict({name: state[name] for name in names})
+        state, names = load_vae(path, vae.config, device=device).state_dict(), branch.state_dict()
+        branch.load_state_dict({name: state[name] for name in names}, assign=True)
         rgba.skipped += len(state) - len(names)
     return rgba
 
 
-def load_middle(state: dict, path) -> FeatureMerge:
+def load_middle(state: dict, path, device) -> FeatureMerge:
     """The merge block from its tensors, whose shapes say its sizes."""
     sizes = [state.get(f"block.{name}.weight", torch.empty(1, 1)).shape for name in ("conv1", "head.2")]
     with torch.device("meta"):
         middle = FeatureMerge(sizes[0][1], *sizes[1][:2])
-    return load_strict(middle, state, path, torch.float32, "cpu")
+    return load_strict(middle, state, path, device=device)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ Letters: b batch, c channels, t frames, h w height and width, n points. A latent
 model computes in.
 
 Differences from the official code (commit 5804410):
-- Masks are resized in time as in space; officially a mask is good for 81 frames only (test_masks_fit_any_latent).
-- Euler by default; officially UniPC, on a grid of its own, which `unipc` keeps (test_unipc_is_official).
+- Masks are resized in time as in space; officially a mask is good for 81 frames only
+  (test_masks_from_outside_fit_any_clip).
+- Euler by default; officially UniPC, on a grid of its own, which `unipc` keeps (test_official_numbers).
 - The object touches a cell if it fills more than 0.2 of it, as officially, but 0.25 where it is so thin that it fills
-  fewer than five (test_gaussian_mask_is_official); where no cell reaches that, 0.2 (test_a_thin_object_has_an_ellipse).
+  fewer than five (test_official_masks); where no cell reaches that, 0.2
+  (test_ellipse_turns_with_the_object_even_of_few_cells_or_a_thin_one).
 - mu is 0.05, as its documents say; its command line says 0.03.
 The paper writes N(G mu, I) with G the transparent part; the code, as here, mu (1 - G) with G the object
 (test_mean_shift_is_outside).
@@ -32,6 +34,8 @@ import torch
 import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor
+
+from kit.files import Checkpoint
 
 Model = Callable[[Tensor, Tensor], Tensor]  # model(z (b,c,t,h,w), time (b,) in [0,1000]) -> v like z
 Ellipse = tuple[float, float, float, float, float]  # in cells: centre x, y, half axes a, b; angle of a in radians
@@ -57,11 +61,16 @@ def training_weights(sigmas: Tensor) -> Tensor:
     return (w - w.min()) / (w - w.min()).mean()
 
 
-def sample_sigma(b: int, generator: torch.Generator | None = None, shift: float = 5.0) -> tuple[Tensor, Tensor]:
-    """b of the training levels, each as likely as another, and their weights: (b,), (b,)."""
+def sample_sigma(generators: Sequence[torch.Generator], shift: float = 5.0) -> tuple[Tensor, Tensor]:
+    """One of the training levels a sample, each as likely as another, and its weight: (b,), (b,)."""
     sigmas = training_sigmas(shift)
-    i = torch.randint(len(sigmas), (b,), generator=generator)
+    i = torch.stack([torch.randint(len(sigmas), (), generator=generator) for generator in generators])
     return sigmas[i], training_weights(sigmas)[i]
+
+
+def sample_noise(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Gaussian noise (b, *shape), float32: a generator a sample, so that a sample's noise is its own in any batch."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
 
 
 def interpolate(z: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -79,7 +88,7 @@ def shift_noise(noise: Tensor, mask: Tensor, mean: float = 0.05) -> Tensor:
     """The mean shift: noise + mu (1 - G), so the mean is mu outside the object and 0 at its middle.
 
     noise (c,t,h,w) or (b,c,t,h,w); mask: G in [0,1], (t,h,w) or (b,t,h,w), resized to the noise's grid; mean: mu, 0.05
-    for Wan-Alpha v2 and 0 for v1, which was trained without. Source: official code (test_mean_shift_is_official).
+    for Wan-Alpha v2 and 0 for v1, which was trained without. Source: official code (test_official_numbers).
     """
     return noise + mean * (1 - resize_mask(mask.to(noise), *noise.shape[-3:]).unsqueeze(-4))
 
@@ -157,7 +166,7 @@ def gaussian_mask(alpha: Tensor) -> Tensor:
     """G of an alpha clip (t,h,w) in [0,1], t = 4k+1: (1+k,h/8,w/8) in [0,1]. A frame without an object is 0.
 
     Raises ValueError for other lengths and for sizes that 8 does not divide. Source: official code, whose ellipses the
-    functions below repeat (test_gaussian_mask_is_official).
+    functions below repeat (test_official_masks).
     """
     check_size(*alpha.shape)
     cells = reduce((alpha > 0.5).float(), "t (h p) (w q) -> t h w", "mean", p=8, q=8)
@@ -276,7 +285,7 @@ def parse_ellipse(text: str) -> list[tuple[float, ...]]:
     try:
         return [key(part) for part in text.strip(" ;").split(";")]
     except ValueError:
-        raise ValueError(f"mask '{text}' is neither a file nor an ellipse: write x,y,a,b[,angle], "
+        raise ValueError(f"mask {text!r} is neither a file nor an ellipse: write x,y,a,b[,angle], "
                          "or several times time:x,y,a,b[,angle] with semicolons between") from None
 
 
@@ -284,7 +293,8 @@ def parse_ellipse(text: str) -> list[tuple[float, ...]]:
 
 
 def load_mask(spec: str | None, frames: int, height: int, width: int) -> Tensor:
-    """G (1+k,height/8,width/8) for 4k+1 frames from None (a centred circle), the text of an ellipse or a saved tensor.
+    """G (1+k,height/8,width/8) for 4k+1 frames from None (a centred circle), the text of an ellipse or a saved tensor
+    (torch.save's, or the first of a .safetensors file).
 
     A clip must be read first and given to `mask_from_alpha`. Raises ValueError for what is none of these.
     """
@@ -292,11 +302,8 @@ def load_mask(spec: str | None, frames: int, height: int, width: int) -> Tensor:
         return ellipse_mask(frames, height, width)
     if not os.path.isfile(spec):     # Path would raise on a long text
         return ellipse_mask(frames, height, width, parse_ellipse(spec))
-    try:
-        mask = torch.load(spec, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"mask {spec} is not a tensor that torch.save wrote ({type(error).__name__})") from error
-    return mask_from_tensor(mask, frames, height, width)
+    tensors = Checkpoint(spec).read()
+    return mask_from_tensor(next(iter(tensors.values()), None), frames, height, width)
 
 
 def mask_from_tensor(mask: Tensor, frames: int, height: int, width: int) -> Tensor:

@@ -6,13 +6,11 @@ scaled. Wan2.1 uses umT5-xxl as it is. Names of parameters are those of models_t
 
 Letters: b batch, l tokens (q as queries, k as keys), d width, a heads.
 dtype: all runs in the dtype of the weights, but the mean square of a norm, attention logits and softmax are float32.
-Differences from the official code: logits and bias are added in float32 (test_text_equals_official); instead of ftfy,
+Differences from the official code: logits and bias are added in float32 (test_official_numbers); instead of ftfy,
 `clean_prompt` straightens quotes and full-width forms and leaves the other repairs out (test_clean_prompt).
 """
 import html
-import json
 import math
-import pickle
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -21,9 +19,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
+
+from kit.files import Checkpoint, check_fit, find_text, find_tokenizer, read_json
 
 
 @dataclass
@@ -212,60 +211,42 @@ class TextEncoder:
         return [context[valid] for context, valid in zip(self.model(ids, mask), mask)]
 
 
-def read_weights(path: Path, names: list[str] | None = None) -> dict[str, Tensor]:
-    """These tensors of a .safetensors or .pth file, memory-mapped (a .pth: all); without names, of all the shapes, as
-    meta tensors. Code in a pickle is refused, not run."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no text encoder {path}")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                if names:
-                    return {name: file.get_tensor(name) for name in names}
-                return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}
-        state = torch.load(path, map_location="cpu" if names else "meta", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} holds Python objects and was not opened: export its plain state dict") from None
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError):
-        raise ValueError(f"{path} is cut short, unreadable or no checkpoint: download it again") from None
-    return state if isinstance(state, dict) else {}
-
-
-def t5_config(shapes: dict[str, tuple]) -> T5Config:
+def t5_config(meta: dict[str, Tensor]) -> T5Config:
     """The sizes of an encoder from its tensors'. KeyError or ValueError if it is none."""
-    (vocab, dim), (dim_attn, _) = shapes["token_embedding.weight"], shapes["blocks.0.attn.q.weight"]
-    buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
-    dim_ffn, _ = shapes["blocks.0.ffn.fc1.weight"]
-    layers = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    (vocab, dim), (dim_attn, _) = meta["token_embedding.weight"].shape, meta["blocks.0.attn.q.weight"].shape
+    buckets, heads = meta["blocks.0.pos_embedding.embedding.weight"].shape
+    dim_ffn, _ = meta["blocks.0.ffn.fc1.weight"].shape
+    layers = len({name.split(".")[1] for name in meta if name.startswith("blocks.")})
     return T5Config(vocab, dim, dim_attn, dim_ffn, heads, layers, buckets)
+
+
+def find_scales(meta: dict[str, Tensor], names) -> dict[str, str]:
+    """For each weight in fp8 the name of its scale, one number: `blocks.0.attn.q.scale_weight`, as ComfyUI has them."""
+    scales = {name: name.removesuffix("weight") + "scale_weight" for name in names if name.startswith("blocks.")}
+    return {name: scale for name, scale in scales.items() if scale in meta and tuple(meta[scale].shape) in ((), (1,))}
 
 
 def read_umt5(path: Path, dtype: torch.dtype, device) -> UMT5:
     """The encoder in that file, its sizes read from its tensors. ValueError lists up to ten keys that do not fit.
 
-    A block's weights in fp8 may have a scale each (`blocks.0.attn.q.scale_weight`), as ComfyUI's files do; what else
-    is in these, `scaled_fp8` and `scale_input`, concerns fp8 products alone. Read block by block, mapped anew each
-    time, so that no more than one is held twice.
+    A block's weights in fp8 may have a scale each; what else ComfyUI's files hold, `scaled_fp8` and `scale_input`,
+    concerns fp8 products alone. Read block by block, so that no more than one is held twice.
     """
-    shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in read_weights(path).items()}
+    file = Checkpoint(path)
     try:
         with torch.device("meta"):
-            model = UMT5(t5_config(shapes))
+            model = UMT5(t5_config(file.meta))
     except (KeyError, ValueError):
         raise ValueError(f"{path} is not a umT5 encoder: its tensors are others") from None
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    scales = {name: name.removesuffix("weight") + "scale_weight" for name in expected if name.startswith("blocks.")}
-    scales = {name: scale for name, scale in scales.items() if shapes.get(scale) in ((), (1,))}
-    extra = {"scaled_fp8", *scales.values(), *(s.replace("scale_weight", "scale_input") for s in scales.values())}
-    wrong = [f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
-             for name in expected | shapes if expected.get(name) != shapes.get(name) and name not in extra]
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} tensors do not fit a umT5 encoder: " + "; ".join(wrong[:10]))
+    expected = model.state_dict()
+    scales = find_scales(file.meta, expected)
+    extra = {"scaled_fp8", *scales.values(), *(scale.replace("weight", "input") for scale in scales.values())}
+    check_fit(path, expected, {name: x for name, x in file.meta.items() if name not in extra}, "a umT5 encoder")
     blocks, state = {}, {}
     for name in expected:
         blocks.setdefault(name.split(".")[1], []).append(name)      # by their number; the rest has none: "weight"
     for names in blocks.values():
-        tensors = read_weights(path, names + [scales[name] for name in names if name in scales])
+        tensors = file.read(names + [scales[name] for name in names if name in scales])
         for name in names:
             tensor = tensors[name].to(device)
             if name in scales:
@@ -291,18 +272,13 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def read_text_len(path: Path) -> int:
-    """text_len in that config.json; Wan's 512 where there is none."""
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8")).get("text_len", 512)) if path.is_file() else 512
-    except (ValueError, AttributeError, TypeError):
-        raise ValueError(f"{path} is not a readable JSON object with a number text_len: download it again") from None
-
-
-def encoder_file(folder: str | Path) -> Path:
-    """The umT5 encoder of a checkpoint folder, .safetensors or Wan's .pth."""
-    path = Path(folder) / "models_t5_umt5-xxl-enc-bf16.safetensors"
-    return path if path.is_file() else path.with_suffix(".pth")
+def read_text_len(folder: str | Path) -> int:
+    """text_len in a folder's config.json, tokens of a prompt at most; Wan's 512 where there is none."""
+    file = Path(folder) / "config.json"
+    length = read_json(file).get("text_len", 512) if file.is_file() else 512
+    if type(length) is not int or length < 1:
+        raise ValueError(f"{file}: text_len must be a whole number above 0, not {length!r}")
+    return length
 
 
 def load_text_encoder(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> TextEncoder:
@@ -313,12 +289,12 @@ def load_text_encoder(path: str | Path, dtype: torch.dtype = torch.float32, devi
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    path = encoder_file(path) if path.is_dir() else path
-    tokenizer = read_tokenizer(folder / "google/umt5-xxl/tokenizer.json")
+    path = find_text(path) if path.is_dir() else path
+    tokenizer = read_tokenizer(find_tokenizer(folder))
     model = read_umt5(path, dtype, device)
     if tokenizer.get_vocab_size() > model.config.vocab:
         raise ValueError(f"{folder}: the tokenizer has more tokens than the encoder, they do not belong together")
-    return TextEncoder(tokenizer, model, read_text_len(folder / "config.json"))
+    return TextEncoder(tokenizer, model, read_text_len(folder))
 
 
 if __name__ == "__main__":

@@ -9,20 +9,20 @@ keeps the last input frames it will need again in `cache`, and the result is the
 
 Letters: b batch, c channels, t frames, h w height and width, z latent channels.
 Differs from the official code (Wan2.1 `vae.py`): the cache idiom stands once, in CausalConv3d, not at 34 places; any
-chunking is allowed, not only 1, 4, 4, ...; test_vae_parity and test_vae_encoding_is_the_same_in_any_chunks pin both.
+chunking is allowed, not only 1, 4, 4, ...; test_official_numbers and test_vae_is_the_same_in_any_chunks pin both.
 Parameter names are official.
 dtype rule: activations keep the input's dtype; only a norm's mean square is taken in float32.
 """
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from kit.files import Checkpoint, load_strict
 
 WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
@@ -301,50 +301,17 @@ def vae_config(state: dict, metadata: dict | None = None) -> VAEConfig:
                      tuple(name.format(i, "time_conv.weight") in state for i in steps), **stats)
 
 
-def read_checkpoint(path) -> tuple[dict, dict]:
-    """State dict and metadata of a .safetensors or .pth file, memory-mapped; pickles with weights_only.
-    ValueError if it is neither."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a checkpoint file (.safetensors, .pth or .bin)")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0][:120]}") from None
-    except Exception as error:                         # pickle.UnpicklingError: code in the pickle, or no pickle at all
-        raise ValueError(f"{path} is not a plain tensor checkpoint and was not loaded "
-                         f"({type(error).__name__})") from None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds no flat dict of tensors; it is not one of Wan's checkpoints")
-    return state, {}
-
-
-def load_strict(module: nn.Module, state: dict, path, dtype, device) -> nn.Module:
-    """Put `state` into `module` (on the meta device), all keys and shapes matching; ValueError lists what does not."""
-    want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    have = {k: tuple(v.shape) for k, v in state.items()}
-    wrong = ([f"missing {k}" for k in want if k not in have] + [f"unexpected {k}" for k in have if k not in want]
-             + [f"{k} is {have[k]}, not {want[k]}" for k in want if k in have and have[k] != want[k]])
-    if wrong:
-        raise ValueError(f"{path} does not fit {type(module).__name__}: {'; '.join(wrong[:10])}"
-                         + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""))
-    module.load_state_dict({k: v.to(device, dtype) for k, v in state.items()}, assign=True)
-    return module.requires_grad_(False).eval()
-
-
 def load_vae(path, config: VAEConfig | None = None, dtype=torch.float32, device="cpu") -> WanVAE:
-    """Wan2.1_VAE.pth, or a .safetensors of the same keys, of any size; without `config` it is read from the tensors."""
-    state, metadata = read_checkpoint(path)
+    """Wan2.1_VAE.pth, or a .safetensors of the same keys, of any size; without `config` it is read from the tensors.
+    device "meta": names and shapes only. FileNotFoundError, or ValueError if it does not fit."""
+    file = Checkpoint(path)
     try:
-        config = config or vae_config(state, metadata)
+        config = config or vae_config(file.meta, file.metadata)
     except (KeyError, ValueError, IndexError):
         raise ValueError(f"{path} is not a Wan VAE: encoder.conv1.weight and its neighbours are not in it") from None
     with torch.device("meta"):
         vae = WanVAE(config)
-    return load_strict(vae, state, path, dtype, device)
+    return load_strict(vae, file.meta if str(device) == "meta" else file.read(), path, dtype, device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,222 @@
+"""Files: written whole or not at all, named by what is in them, and read without trust.
+
+    Checkpoint      names, shapes and tensors of .safetensors, .pth, .bin and .pt files, one by one; code is never run
+    find_*          where a checkpoint folder like Wan2.1-T2V-14B keeps its parts
+    read_section    what such a folder says in config.json's "generate"
+
+Errors are FileNotFoundError or ValueError, one sentence each: what is wrong, where, and what to do.
+"""
+import hashlib
+import json
+import math
+import os
+import zipfile
+from collections.abc import Iterable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+# ---- writing
+
+
+@contextmanager
+def replacing(path):
+    """A temporary name beside `path`, with its ending, that becomes `path` only if the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_text(path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_json(path, content) -> None:
+    """What JSON has no type for (paths, dtypes) is written as its text."""
+    save_text(path, json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n")
+
+
+def save_tensors(path, tensors: dict, metadata: dict | None = None) -> None:
+    """One safetensors file; metadata: str -> str."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(save({name: x.contiguous() for name, x in tensors.items()}, metadata))
+
+
+def stored(state: dict, half: bool) -> dict:
+    """Trained tensors as they go into a file: float16 or float32."""
+    return {name: x.detach().to(torch.float16 if half else torch.float32) for name, x in state.items()}
+
+
+# ---- names by content
+
+
+def cache_key(*parts) -> str:
+    """Name of cached tensors: SHA-256 (hex) of all they depend on, bytes or strings; no stale cache is ever found."""
+    parts = [part if isinstance(part, bytes) else str(part).encode() for part in parts]
+    return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).hexdigest()
+
+
+def file_key(path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}: give its right name, or make it first")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- checkpoints
+
+
+class Checkpoint:
+    """The tensors of one file, or of several as one (shards). `meta` tells their names and shapes, as meta tensors;
+    `read` brings them. A pickle that is one bare tensor holds it under the name "".
+
+    A file is mapped anew by each `read`, so that its pages are given back with the tensors."""
+
+    def __init__(self, *paths):
+        self.meta, self.metadata, self.files = {}, {}, {}
+        for path in map(Path, paths):
+            if not path.is_file():
+                raise FileNotFoundError(f"there is no checkpoint file {path}: give its right name, or download it")
+            with reading(path):
+                tensors, metadata = open_file(path, None, "meta")
+            self.meta |= tensors
+            self.metadata |= metadata
+            self.files |= dict.fromkeys(tensors, path)
+
+    def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The tensors of these names, or all, in this order."""
+        names, found = list(self.files if names is None else names), {}
+        for path in dict.fromkeys(self.files[name] for name in names):
+            with reading(path):
+                found |= open_file(path, [name for name in names if self.files[name] == path])[0]
+        return {name: found[name] for name in names}
+
+
+@contextmanager
+def reading(path: Path):
+    """What the file formats' own libraries raise becomes one sentence."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is cut short, no checkpoint or more than plain tensors ({type(error).__name__}): "
+                         "download it again, or export its plain state dict") from None
+
+
+def open_file(path: Path, names: list[str] | None, device="cpu") -> tuple[dict[str, Tensor], dict]:
+    """Tensors and metadata of one file; device "meta": shapes alone, nothing else is read."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            names = names or file.keys()
+            if device == "meta":
+                return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}, (
+                    file.metadata() or {})
+            return {name: file.get_tensor(name) for name in names}, {}
+    content = torch.load(path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path))
+    content = {"": content} if isinstance(content, Tensor) else content
+    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
+        raise TypeError("not a flat dict of tensors")
+    return {name: content[name] for name in names or content}, {}
+
+
+def read_checkpoint(path) -> tuple[dict[str, Tensor], dict]:
+    """All tensors and the metadata of a file."""
+    file = Checkpoint(path)
+    return file.read(), file.metadata
+
+
+def check_fit(path, expected: dict, found: dict, what: str) -> None:
+    """ValueError that lists up to ten names, unless both hold the same names and tensors of the same shapes."""
+    shapes = [{name: tuple(x.shape) for name, x in tensors.items()} for tensors in (expected, found)]
+    expected, found = shapes
+    names = sorted(expected | found, key=lambda name: name in expected and name in found)      # shapes last
+    wrong = [f"{name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
+             for name in names if expected.get(name) != found.get(name)]
+    if wrong:
+        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise ValueError(f"{path} does not fit {what}: {'; '.join(wrong[:10])}{more}")
+
+
+def load_strict(module: nn.Module, state: dict, path, dtype=torch.float32, device="cpu") -> nn.Module:
+    """Put `state` into `module` (on the meta device), all names and shapes matching; frozen, in eval mode."""
+    check_fit(path, module.state_dict(), state, type(module).__name__)
+    module.load_state_dict({name: x.to(device, dtype) for name, x in state.items()}, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+# ---- checkpoint folders
+
+
+def either(folder, name: str, other: str = ".pth") -> Path:
+    """name.safetensors in that folder, or else, if there is one, the pickle that was released."""
+    file, released = (Path(folder) / (name + ending) for ending in (".safetensors", other))
+    return released if released.is_file() and not file.is_file() else file
+
+
+find_vae = partial(either, name="Wan2.1_VAE")
+find_text = partial(either, name="models_t5_umt5-xxl-enc-bf16")
+find_adapter = partial(either, name="Wan-Alpha-v2-VAE", other=".bin")
+
+
+def find_tokenizer(folder) -> Path:
+    return Path(folder) / "google/umt5-xxl/tokenizer.json"
+
+
+def find_dit(path) -> list[Path]:
+    """The files of a transformer: the path itself, a folder's one file, or the shards that its index names."""
+    path = Path(path)
+    index = path / "diffusion_pytorch_model.safetensors.index.json"
+    if not index.is_file():
+        return [path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{index} names no shards: download it again")
+    return sorted({path / name for name in names.values()})
+
+
+# ---- config.json
+
+
+def read_json(path) -> dict:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a readable JSON object: download it again")
+    return content
+
+
+COUNT = (lambda x: type(x) is int and x > 0), "a whole number above 0"
+NUMBER = (lambda x: type(x) in (int, float) and math.isfinite(x)), "a finite number"
+ABOVE = (lambda x: NUMBER[0](x) and x > 0), "a finite number above 0"
+SIDES = (lambda x: isinstance(x, list) and len(x) == 2 and all(map(COUNT[0], x))), "[width, height]"
+NAME = (lambda x: x is None or isinstance(x, str)), "a file's name"
+SECTION = dict(size=SIDES, frames=COUNT, steps=COUNT, fps=ABOVE, shift=ABOVE, guidance=NUMBER, mean=NUMBER,
+               vae_adapter=NAME, dora=NAME, distill=NAME)      # of "generate": what a value must be
+
+
+def read_section(folder) -> dict:
+    """Section "generate" of a folder's config.json, {} where there is none: the numbers that a model was made for."""
+    file = Path(folder) / "config.json"
+    section = read_json(file).get("generate", {}) if file.is_file() else {}
+    if not isinstance(section, dict):
+        raise ValueError(f'{file}: section "generate" is not an object, such as {{"size": [832, 480], "frames": 81}}')
+    for name, value in section.items():
+        right, kind = SECTION.get(name, (lambda x: False, f"one of {', '.join(SECTION)}"))
+        if not right(value):
+            raise ValueError(f'{file}: {name} in section "generate" is {json.dumps(value)}; it must be {kind}')
+    return section

@@ -1,0 +1,2312 @@
+"""Tests of what is not the method: wrong input, media, data sets, resume, processes, memory. test_all.py takes them in.
+
+`official` holds what the official code (commit 5804410) returned for small models, whose weights `named` rebuilds from
+their names.
+"""
+import ast
+import errno
+import hashlib
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+import zlib
+from argparse import Namespace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cache, partial
+from itertools import accumulate, count
+from pathlib import Path
+
+import imageio.v3 as iio
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.profiler import profile, ProfilerActivity
+
+import dora
+import generate
+import train_dit
+import train_vae
+from dit import Block, DiTConfig, load_dit, open_dit, resident_dtype, WAN_14B, WAN_1_3B, WanDiT
+from dora import adapter_state, add_dora, add_lora, load_adapter_state, merge_adapter
+from kit import (ablate, adapter, batches, bench, clips, curves, data, evaluate, files, memory, pretrain, result, run,
+                 scale)
+from kit.clips import caption_of, COLORS, held_out, MATERIALS, MOTIONS, procedural_clip, SHAPES
+from kit.command import kernel_says, Parser, run_command
+from kit.data import open_data, RGBADataset
+from kit.evaluate import eval_generator
+from kit.files import cache_key, Checkpoint, save_tensors
+from kit.media import (area_size, bleed, checkerboard, contact_sheet, cover, over, read_pair, read_rgba, to_clip,
+                       write_rgba)
+from kit.run import load_batches, Run, sample_generator, shares
+from kit.score import (body, has_holes, named_color, named_motion, named_shape, object_region, psnr, score_by,
+                       score_clip, score_table, shares_of, ssim)
+from losses import tabd_mask, VGG
+from merge import FeatureMerge, load_rgba_vae, RGBAVAE
+from sampler import (ellipse_mask, euler, gaussian_mask, guide, load_mask, mask_from_alpha, shift_noise, shifted_sigmas,
+                     unipc)
+from text import load_text_encoder, make_tokenizer, T5Config, UMT5
+from vae import VAEConfig, WanVAE
+
+ROOT = Path(__file__).parent.parent
+official = load_file(ROOT / "assets/official.safetensors")
+
+# ---- what all tests share
+
+
+def named(key, shape):
+    """The tensor that the parity file's weights and inputs are made of: every name gives its own numbers."""
+    x = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(tuple(shape), dtype=np.float32)
+    last = key.split(".")[-1]
+    if last == "gamma" or "magnitude" in key or (last == "weight" and len(shape) == 1):
+        x = 1 + 0.1 * x
+    elif last in ("bias", "modulation"):
+        x = 0.1 * x
+    elif len(shape) >= 2:
+        x = x / np.float32(np.sqrt(np.prod(shape[1:])))
+    return torch.from_numpy(np.asarray(x, dtype=np.float32))
+
+
+def named_like(module, prefix=""):
+    return {k: named(prefix + k, v.shape) for k, v in module.state_dict().items()}
+
+
+def close(a, b, tol=1e-4):
+    assert a.shape == b.shape, (a.shape, b.shape)
+    error = (a.float() - b.float()).abs().max() / b.float().std()
+    assert error <= tol, f"off by {error:.2e} of the deviation"
+
+
+def refuses(call, *words, errors=(ValueError, OSError)):
+    """call() ends with one sentence that holds these words; returns it. SystemExit(text) of a command counts too."""
+    with pytest.raises(errors) as caught:
+        call()
+    sentence = str(caught.value)
+    assert "\n" not in sentence and all(str(word) in sentence for word in words), (words, sentence)
+    return sentence
+
+
+def fails(capsys, command, *argv, words=()):
+    """`command(argv)`, a run_command-style entry (returns the exit code), ends with 2 and one sentence on stderr."""
+    code = command([str(a) for a in argv])
+    err = capsys.readouterr().err
+    assert code == 2 and err.strip().count("\n") == 0 and all(str(word) in err for word in words), (argv, words, err)
+    return err
+
+
+DIT_TINY = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=16)      # of the parity file
+TEXT_TINY = T5Config(vocab=64, dim=32, dim_attn=48, dim_ffn=80, num_heads=4, num_layers=3, num_buckets=32)
+CAPTIONS = ["A red glass ball moving from left to right.", "A semi-transparent blue ghost, moving from right to left."]
+TEXT_FILE, VAE_FILE = "models_t5_umt5-xxl-enc-bf16.safetensors", "Wan2.1_VAE.safetensors"
+DIT_FILE, VAE_ADAPTER, DORA_FILE = "diffusion_pytorch_model.safetensors", "Wan-Alpha-v2-VAE.safetensors", "t2v.safetensors"
+BASE_FILES = ("config.json", "google/umt5-xxl/tokenizer.json", TEXT_FILE, DIT_FILE, VAE_FILE, VAE_ADAPTER, DORA_FILE)
+
+
+def write_base(folder, config=DIT_TINY, generate=None):
+    """The factory of small checkpoint folders: laid out like tiny/, random weights that all have a say in the result."""
+    folder = Path(folder)
+    torch.manual_seed(0)
+    (folder / "google/umt5-xxl").mkdir(parents=True)
+    make_tokenizer(CAPTIONS).save(str(folder / "google/umt5-xxl/tokenizer.json"))
+    save_file(UMT5(T5Config(64, config.text_dim, 32, 64, 2, 2, 32)).state_dict(), folder / TEXT_FILE)
+    vae = WanVAE(VAEConfig(dim=8, num_res_blocks=1))
+    vae.init_weights()
+    save_file(vae.state_dict(), folder / VAE_FILE, dict(mean=json.dumps([0.1] * 16), std=json.dumps([0.9] * 16)))
+    rgba, dit = RGBAVAE(vae, FeatureMerge(64, 16, 32)).add_adapters(rank=4), WanDiT(config)
+    nn.init.normal_(dit.head.head.weight, std=0.2)
+    save_file(dit.state_dict(), folder / DIT_FILE)
+    add_dora(dit, 4, 4, targets=r".*_attn\.[qkvo]|.*\.ffn\.[02]")
+    for name, parameter in [*rgba.named_parameters(), *dit.named_parameters()]:
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter, std=0.3)
+    save_file(rgba.adapter_state(), folder / VAE_ADAPTER)
+    save_file(adapter_state(dit), folder / DORA_FILE)
+    section = dict(size=[48, 32], frames=5, fps=8, steps=2, vae_adapter=VAE_ADAPTER, dora=DORA_FILE)
+    (folder / "config.json").write_text(json.dumps(asdict(config) | dict(generate=generate or section)))
+    return folder
+
+
+@cache
+def kept():
+    """A folder for all tests; it goes when the process ends."""
+    return tempfile.TemporaryDirectory()
+
+
+@cache
+def base():
+    """One such folder, for all tests that only read it."""
+    return write_base(Path(kept().name) / "base", DiTConfig(48, 96, 2, 2, text_dim=32, text_len=32))
+
+
+def launch(folder, code, *arguments, count=2):
+    """Runs `code` in `count` processes joined by gloo, as torchrun would start them."""
+    file = Path(folder) / "launched.py"
+    file.write_text(code)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | dict(WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+                                    OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    jobs = [subprocess.Popen([sys.executable, file, *map(str, arguments)], stderr=subprocess.PIPE, text=True,
+                             env=environment | dict(RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(count)]
+    for job in jobs:
+        _, errors = job.communicate(timeout=170)
+        assert job.returncode == 0, errors
+
+
+# ---- the small models of the parity file, and their files
+
+
+def filled(module, prefix=""):
+    module.load_state_dict(named_like(module, prefix))
+    return module.eval().requires_grad_(False)
+
+
+def tiny_vae():
+    return filled(WanVAE(VAEConfig(dim=8)))
+
+
+def tiny_dit():
+    return filled(WanDiT(DIT_TINY))
+
+
+def tiny_rgba(vae):
+    return RGBAVAE(vae, filled(FeatureMerge(64, 16, 32), "middle."))
+
+
+def official_adapter(vae, rank=4):
+    """The merge block and both LoRAs of the parity file, in the layout of *-VAE.bin."""
+    state = tiny_rgba(vae).add_adapters(rank).adapter_state()
+    return {k: named(k, v.shape) * (3 if ".lora_B." in k else 1) for k, v in state.items()}
+
+
+@cache
+def rgba_files():
+    """They as files: base, *-VAE.bin, decoder.bin."""
+    folder, adapter = Path(tempfile.mkdtemp(dir=kept().name)), official_adapter(tiny_vae())
+    files = {"Wan2.1_VAE.pth": tiny_vae().state_dict(), "VAE.bin": adapter,
+             "decoder.bin": {k: v for k, v in adapter.items() if not k.startswith("middle")}}
+    for name, state in files.items():
+        torch.save(state, folder / name)
+    return [folder / name for name in files]
+
+
+def smooth_video(key, shape):
+    """The parity file's video inputs: its rule for weights, smoothed and bounded."""
+    return torch.tanh(F.avg_pool3d(3 * named(key, shape), (1, 5, 5), 1, (0, 2, 2)))
+
+
+def official_videos():
+    rgb, alpha = (smooth_video(f"vae_tiny.{name}", (1, c, 9, 32, 48)) for name, c in (("rgb", 3), ("alpha", 1)))
+    return rgb, alpha.repeat(1, 3, 1, 1, 1)
+
+
+def dit_inputs():
+    return named("dit_tiny.z", (16, 3, 4, 6))[None], torch.tensor([750.0]), named("dit_tiny.context", (7, 32))[None]
+
+
+def dit_folder(folder, state=None, shards=1):
+    """A checkpoint folder of the tiny model: config.json and one file, or shards and their index."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel"} | asdict(DIT_TINY)))
+    state, names = state or tiny_dit().state_dict(), [DIT_FILE]
+    if shards > 1:
+        names = [f"diffusion_pytorch_model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+        weight_map = {key: names[i % shards] for i, key in enumerate(state)}
+        (folder / f"{DIT_FILE}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for i, name in enumerate(names):
+        save_file({key: state[key] for key in list(state)[i::shards]}, folder / name)
+    return folder
+
+
+def dora_file():
+    """Under the names that `adapter_state` gives: from others come other values."""
+    state = adapter_state(add_dora(tiny_dit(), 4, 4, r"blocks\..*"))
+    return {name: named(name, tensor.shape) for name, tensor in state.items()}
+
+
+def lightx2v_file():
+    adapter = {}
+    for name, weight in tiny_dit().blocks.state_dict(prefix="blocks.").items():
+        layer = "diffusion_model." + name.rpartition(".")[0]
+        if weight.ndim == 2:
+            adapter[f"{layer}.lora_down.weight"] = named(f"{layer}.lora_down.weight", (3, weight.shape[1]))
+            adapter[f"{layer}.lora_up.weight"] = 0.5 * named(f"{layer}.lora_up.weight", (weight.shape[0], 3))
+            adapter[f"{layer}.diff_b"] = named(f"{layer}.bias", weight.shape[:1])
+        elif "norm" in name and name.endswith("weight"):
+            adapter[f"{layer}.diff"] = 0.05 * named(f"{layer}.diff", weight.shape)
+    return adapter
+
+
+def block_adapters(folder):
+    save_file(dora_file(), folder / "dora.safetensors")
+    save_file(lightx2v_file(), folder / "distill.safetensors")
+    return (folder / "dora.safetensors", 1.0), (folder / "distill.safetensors", 1.0)
+
+
+def far(a, b, tol=1e-2):
+    assert (a - b).abs().max() > tol * b.std()
+
+
+def same(state, expected):
+    assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+# ---- procedural clips
+
+
+def command_of(module):
+    return lambda argv: run_command(lambda: module.main(argv), module.__name__)
+
+
+def write_clip(path, clip, frames=slice(None)):
+    write_rgba(path, clip.rgb[frames], clip.alpha[frames])
+
+
+def grey(alpha):
+    return np.repeat(alpha[..., None], 3, -1)
+
+
+def same_bytes(one, other):
+    return all(map(np.array_equal, one, other))
+
+
+def content_of(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_objects_stay_inside_the_frame_and_a_second_one_is_named_and_drawn():
+    for seed in range(60):
+        size = (64, (48, 80), (80, 48), 96)[seed % 4]
+        alpha = procedural_clip(seed, size=size, frames=9, two=0.5).alpha
+        assert max(alpha[:, 0].max(), alpha[:, -1].max(), alpha[:, :, 0].max(), alpha[:, :, -1].max()) == 0, seed
+        assert alpha.max(axis=(1, 2)).min() > 25
+    pair, lone = (procedural_clip(3, two=two, material="solid", motion="moving from left to right") for two in (1, 0))
+    a = pair.attributes
+    assert a["second_shape"] != a["shape"] and a["second_color"] != a["color"] and "small" not in lone.caption
+    assert f"small {a['second_color']} {a['second_shape']}" in pair.caption
+    assert (pair.alpha >= lone.alpha).all() and pair.alpha.sum(dtype=int) > 1.05 * lone.alpha.sum(dtype=int)
+
+
+def test_held_out_combinations_are_kept_apart():
+    assert held_out("leaf", "white", "smoke", "rising") and not held_out("ball", "red", "glass", "bouncing")
+    assert 0.1 < np.mean([held_out(**attributes) for attributes in clips.COMBINATIONS]) < 0.15
+    for split in ("train", "test"):
+        found = [procedural_clip(seed, size=16, frames=1, split=split).attributes for seed in range(80)]
+        assert {held_out(*(a[k] for k in ("shape", "color", "material", "motion"))) for a in found} == {split == "test"}
+        assert len({a["shape"] for a in found}) == 8 and len({a["motion"] for a in found}) == 8
+    refuses(lambda: procedural_clip(0, shape="red", color="red", material="glass", motion="rising"), "pin other")
+
+
+def test_captions_name_shape_colour_material_motion_and_mostly_transparency():
+    attributes = dict(shape="ball", color="red", material="glass", motion="bouncing")
+    assert caption_of(attributes, 0) == ("This video has a transparent background. Close-up shot. "
+                                         "A red glass ball bouncing. Realistic style.")
+    second = dict(color="orange", second=True, second_color="blue", second_shape="cube")
+    assert caption_of(attributes | second, 1) == "an orange glass ball bouncing and a small blue cube"
+    for material, name in dict(solid="", glass="glass", glow="glowing", smoke="smok", bubble="soap bubble").items():
+        texts = [caption_of(attributes | dict(material=material), wording) for wording in range(40)]
+        assert all(word in text.lower() for text in texts for word in ("ball", "red", "bouncing", name))
+        assert all(("transparent background" in text) == (i % 5 in (0, 2)) for i, text in enumerate(texts))
+    assert len({*texts}) == 15                                            # of a bubble, which has two adjectives
+
+
+def test_the_clips_command_is_reproducible_and_reads_back(tmp_path, capsys):
+    arguments = ["--clips", "2", "--size", "32", "--frames", "5"]
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        clips.main([str(tmp_path / name), *arguments, f"--seed={seed}"])
+    assert content_of(tmp_path / "a") == content_of(tmp_path / "b") != content_of(tmp_path / "c")
+    for i, line in enumerate(map(json.loads, (tmp_path / "a/metadata.jsonl").read_text().splitlines())):
+        clip, item = procedural_clip(line["seed"], size=32, frames=5), RGBADataset(tmp_path / "a", 32, 5)[i]
+        assert same_bytes(read_rgba(tmp_path / "a" / line["file"]), clip[:2])
+        assert item["caption"] == line["caption"] == clip.caption and line["shape"] == clip.attributes["shape"]
+    capsys.readouterr()
+    fails(capsys, command_of(clips), tmp_path / "a", *arguments, "--seed=1", words=["choose another folder"])
+
+
+def test_sprites_move_and_keep_their_name(tmp_path):
+    y, x = np.mgrid[:40, :60]
+    alpha = np.where(np.hypot((x - 30) / 25, (y - 20) / 15) < 1, 255, 0).astype(np.uint8)[None]
+    rgb = np.stack([np.where(alpha, colour, 0) for colour in (200, 100, 0)], -1).astype(np.uint8)
+    for name in ("in/rubber_duck.png", "in/.hidden/other.png"):
+        write_rgba(tmp_path / name, rgb, alpha)
+    write_rgba(tmp_path / "in/opaque.png", rgb)
+    clips.main(f"{tmp_path}/out --sprites {tmp_path}/in --clips 6 --size 48 --frames 5".split())
+    for line in map(json.loads, (tmp_path / "out/metadata.jsonl").read_text().splitlines()):
+        rgb, alpha = read_rgba(tmp_path / "out" / line["file"])
+        assert "rubber duck" in line["caption"].lower() and line["motion"] in line["caption"]
+        assert (np.abs(np.diff(alpha.astype(int), axis=0)).max((1, 2)) > 100).all()
+        assert np.abs(rgb[alpha > 20].astype(int) - (200, 100, 0)).max() <= 8                 # no dark fringe
+
+
+@pytest.mark.parametrize("arguments, word", [
+    ("x --size=60", "16"), ("x --frames=16", "4k+1"), ("x --clips=0", "--clips"), ("x --seed=-1", "--seed"),
+    ("file/x", "cannot write"), ("x --sprites=opaque", "transparency"), ("x --sprites=nowhere", "nowhere")])
+def test_wrong_arguments_exit_with_2_and_a_sentence(arguments, word, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    write_rgba("opaque/a.png", np.zeros((1, 8, 8, 3), np.uint8))
+    fails(capsys, command_of(clips), *arguments.split(), words=[word])
+    assert not (tmp_path / "x").exists()
+
+
+# ---- media, pixels
+
+
+@pytest.mark.parametrize("name", ["clip.apng", "clip.png", "clip.webp", "clip.zip", "folder"])
+def test_lossless_media_return_every_byte(tmp_path, name):
+    clip = procedural_clip(1, size=(31, 33), frames=6, material="smoke", two=0)
+    pairs = [0, 0, 1, 1, 2, 2]                                            # equal frames must not be merged
+    rgb, alpha = clip.rgb[pairs], clip.alpha[pairs]
+    assert (rgb[alpha == 0] > 0).any()                                    # colour under alpha 0 must not be dropped
+    write_rgba(tmp_path / name, rgb, alpha)
+    write_rgba(tmp_path / name, rgb[:4], alpha[:4])                       # overwriting leaves nothing behind
+    first = content_of(tmp_path)
+    assert same_bytes(read_rgba(tmp_path / name), (rgb[:4], alpha[:4]))
+    write_rgba(tmp_path / name, rgb[:4], alpha[:4])
+    assert content_of(tmp_path) == first
+
+
+@pytest.mark.parametrize("name", ["clip.webm", "clip.mov"])
+def test_videos_return_alpha_and_straight_colour(tmp_path, name):
+    clip = procedural_clip(2, size=(64, 61), frames=5, shape="cube", color="green", material="glass", motion="growing")
+    write_clip(tmp_path / name, clip)
+    rgb, alpha = read_rgba(tmp_path / name)
+    assert rgb.shape == clip.rgb.shape and [p.name for p in tmp_path.iterdir()] == [name]
+    assert np.abs(alpha.astype(float) - clip.alpha).mean() < 1
+    half = (clip.alpha > 70) & (clip.alpha < 180)                         # premultiplied colour would be half as bright
+    assert np.abs(rgb[half].mean(0) - clip.rgb[half].mean(0)).max() < 6
+    assert np.abs(rgb[half].astype(float) - clip.rgb[half]).mean() < 12
+
+
+def test_a_video_may_be_of_odd_size_and_shorter_than_its_sound(tmp_path):
+    write_rgba(tmp_path / "mute.mp4", procedural_clip(2, size=(33, 47), frames=8).rgb)
+    command = "-f lavfi -i anullsrc=r=8000:cl=mono -t 3 -c:v copy -c:a aac"
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", tmp_path / "mute.mp4", *command.split(),
+                    tmp_path / "sound.mp4"], check=True)
+    assert read_rgba(tmp_path / "sound.mp4")[0].shape == (8, 34, 48, 3)
+
+
+@pytest.mark.parametrize("times, shown", [([40, 80, 40, 120], [0, 1, 1, 2, 3, 3, 3]), ([33, 33, 34, 33], [0, 1, 2, 3])])
+def test_frames_shown_longer_come_back_more_often(times, shown, tmp_path):
+    clip = procedural_clip(2, size=32, frames=4, motion="rising", two=0)
+    first, *others = map(Image.fromarray, np.concatenate([clip.rgb, clip.alpha[..., None]], -1))
+    first.save(tmp_path / "a.png", save_all=True, append_images=others, duration=times)
+    assert np.array_equal(read_rgba(tmp_path / "a.png")[1], clip.alpha[shown])
+
+
+def test_png_of_every_mode_reads_as_eight_bits(tmp_path):
+    x = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(x.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(x).convert("P").save(tmp_path / "palette.png")
+    Image.fromarray(x).save(tmp_path / "keyed.png", transparency=7)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/0.png").write_bytes((tmp_path / "deep.png").read_bytes())
+    for path in tmp_path.iterdir():
+        alpha = np.where((x == 7) & (path.name == "keyed.png"), 0, 255)
+        assert same_bytes(read_rgba(path), (grey(x[None]), alpha[None])), path
+
+
+def test_wrong_media_is_one_sentence(tmp_path):
+    clip = procedural_clip(4)
+    for name in ("half.apng", "half.webm", "half.mov", "half.webp", "empty.png", "empty.mp4", "empty.zip"):
+        write_clip(tmp_path / name, clip)
+        os.truncate(tmp_path / name, (tmp_path / name).stat().st_size // 2 if "half" in name else 0)
+    (tmp_path / "folder").mkdir()
+    for path in tmp_path.iterdir():
+        refuses(lambda: read_rgba(path), path.name, errors=ValueError)
+    refuses(lambda: read_rgba(tmp_path / "nowhere.mov"), "nowhere.mov", errors=FileNotFoundError)
+    refuses(lambda: write_rgba(tmp_path / "clip.bmp", clip.rgb, clip.alpha), "unknown ending")
+    refuses(lambda: write_rgba(tmp_path / "clip.mov", clip.rgb, clip.alpha[:2]), "its colour is")
+    refuses(lambda: RGBADataset(tmp_path / "folder"), "holds no clip")
+    refuses(lambda: RGBADataset(tmp_path / "nowhere"), "no folder", errors=FileNotFoundError)
+
+
+def test_resizing_weighs_colour_by_alpha(tmp_path):
+    y, x = np.mgrid[:90, :120] + 0.5
+    alpha = (255 * (np.hypot(x - 60, y - 45) < 30)).astype(np.uint8)[None]
+    rgb = grey(np.where(alpha > 0, 240, 60).astype(np.uint8))             # dark around the disc
+    write_rgba(tmp_path / "disc.png", rgb, alpha)
+    rgb, alpha = RGBADataset(tmp_path, size=(32, 32), frames=1).clip(0)
+    assert rgb.min() > 237 and rgb.max() < 243 and ((alpha > 0) & (alpha < 255)).sum() > 20   # no dark or bright edge
+    assert abs((alpha / 255).sum() - np.pi * (30 * 32 / 90) ** 2) < 8      # covers: scaled by the height, middle kept
+    (tmp_path / "disc.png").unlink()
+    write_clip(tmp_path / "long", procedural_clip(3, size=(300, 700), frames=9))              # resized in parts
+    assert same_bytes(RGBADataset(tmp_path, (64, 48), 9).clip(0), cover(*read_rgba(tmp_path / "long"), (64, 48)))
+
+
+def test_figures_show_colour_and_alpha(tmp_path, monkeypatch, capsys):
+    rgb, alpha = np.full((1, 1, 3, 3), 200, np.uint8), np.array([[[0, 50, 255]]], np.uint8)
+    assert over(rgb, alpha, (100, 100, 100))[0, 0, :, 0].tolist() == [100, 120, 200]
+    clip, board = procedural_clip(1, size=32, frames=3, material="solid", two=0), checkerboard(32, 32)
+    monkeypatch.chdir(tmp_path)
+    contact_sheet("s.png", [(clip.rgb, clip.alpha)] * 2, columns=4, scale=1)
+    sheet = np.asarray(Image.open("s.png"))
+    assert sheet.shape == (64, 256, 3) and (board[0, 0] != board[0, 8]).all()
+    assert np.array_equal(sheet[:32, 128:160, 0], clip.alpha[0])
+    assert np.array_equal(sheet[:32, :32], over(clip.rgb[0], clip.alpha[0], board))
+    clips.main([])
+    assert Image.open("out/procedural.png").size == (2 * 6 * 128, 8 * 128) and "yellow" in capsys.readouterr().out
+
+
+# ---- the data set
+
+
+def lab_folder(root, columns):
+    """Clips in every layout that is accepted, 64 x 64 and 5 frames; returns the captions by name."""
+    clip = procedural_clip(4, frames=5, two=0)
+    for name, rgb in {"pairs/x.mp4": clip.rgb, "pairs/x_seg.mp4": grey(clip.alpha), "csv/fgr/a.mp4": clip.rgb,
+                      "csv/fgr/a_alpha.mp4": 255 - grey(clip.alpha), "csv/pha/a.mp4": grey(clip.alpha),
+                      "csv/own_mask.png": 0 * clip.rgb}.items():            # the csv says otherwise of two
+        write_rgba(root / name, rgb)
+    for name in ("2.webm", "10.mov", "01.webp", "1.webp", "b/frames", ".hidden/a.png", "csv/own.apng", "csv/frames/1"):
+        write_clip(root / name, clip)
+        (root / f"{name.split('.')[0]}.txt").write_text(f"caption of {name}", encoding="utf-8-sig")
+    write_clip(root / "red_still.png", clip, slice(1))
+    (root / "b/frames/._0000.png").write_bytes(b"no picture")
+    (root / "csv/metadata.csv").write_bytes(
+        f"\ufeffid,{columns}\r\n0,fgr/a.mp4,pha/a.mp4,\"a, b\nof a csv\"\r\n1,own.apng,,\r\n,,,\r\n"
+        f"2,{(root / 'csv/frames/1').resolve()},,frames\r\n".encode())
+    own = ("01.webp", "1.webp", "2.webm", "10.mov", "b/frames")
+    return clip, {name: f"caption of {name}" for name in own} | {
+        "csv/fgr/a.mp4": "a, b\nof a csv", "csv/frames/1": "frames", "csv/own.apng": "caption of csv/own.apng",
+        "pairs/x.mp4": "x", "red_still.png": "red still"}
+
+
+@pytest.mark.parametrize("columns", ["video_fgr,video_pha,prompt", "video,alpha,prompt"])
+def test_a_folder_is_taken_as_a_lab_has_it(columns, tmp_path):
+    clip, captions = lab_folder(tmp_path, columns)
+    samples = RGBADataset(tmp_path, size=64, frames=5)
+    assert [(samples.name(i), samples.caption(i)) for i in range(len(samples))] == [*captions.items()]
+    for i in range(10):
+        rgb, alpha = samples.source(i)
+        assert len(rgb) == (1 if i == 9 else 5) and np.abs(alpha.astype(float) - clip.alpha[:len(rgb)]).mean() < 3, i
+    own = tmp_path / "csv/own.apng"                                       # a black matte lies beside it
+    assert not read_rgba(own)[1].any() and read_rgba(own, tmp_path / "csv/pha/a.mp4")[1].any()
+    write_rgba(tmp_path / "pairs/x_seg.mp4", grey(clip.alpha[:3]))
+    refuses(lambda: read_rgba(tmp_path / "pairs/x.mp4"), "x.mp4 has", "5, 64, 64", "x_seg.mp4 has", "3, 64, 64")
+
+
+def test_frames_of_a_clip_are_no_stills_unless_a_csv_names_them(tmp_path):
+    for name in ("a/0.png", "a/1.PNG", "a/x.mp4", "a/x_pha.mp4", "a/b/c.webm"):
+        write_clip(tmp_path / name, procedural_clip(4, frames=1))
+    found = data.find_samples(tmp_path)
+    assert [(s.name, s.matte and s.matte.name) for s in found] == [("a", None), ("a/b/c.webm", None),
+                                                                   ("a/x.mp4", "x_pha.mp4")]
+    assert len(read_pair(found[0].path, None)[0]) == 2
+    (tmp_path / "metadata.csv").write_text("video,alpha,prompt\na/1.PNG,,one\na/0.png,,zero\n")
+    assert [s.name for s in data.find_samples(tmp_path)] == ["a/0.png", "a/1.PNG", "a/b/c.webm", "a/x.mp4"]
+
+
+@pytest.mark.parametrize("content, word", [
+    (b"", "columns"), (b"file_name,text\na.mp4,b\n", "columns"), (b"video;alpha;prompt\na;b;c\n", "columns"),
+    (b"video,alpha,prompt\n", "lacks rows"), (b"video,alpha,prompt\n,,\n\n", "lacks rows"),
+    (b"video,alpha,prompt\n,a.mp4,b\n", "lacks a video in a row"), (b"video,alpha,prompt\na,,b,c\n", "more cells"),
+    ("video,alpha,prompt\na,,ä\n".encode("latin-1"), "UTF-8"), (b"video,alpha,prompt\na,," + b"b" * 200_000, "UTF-8")])
+def test_a_wrong_csv_is_one_sentence(content, word, tmp_path, capsys):
+    (tmp_path / "metadata.csv").write_bytes(content)
+    fails(capsys, command_of(data), tmp_path, words=["metadata.csv", word])
+
+
+def test_items_have_the_ranges_of_the_models(tmp_path):
+    clip, way = procedural_clip(6, frames=5, material="bubble", two=0), [0, 1, 2, 3, 4, 3, 2, 1, 0]
+    write_clip(tmp_path / "red-soap_bubble.webp", clip)
+    (tmp_path / "red-soap_bubble.txt").write_bytes(b" \n")
+    item = RGBADataset(tmp_path, size=64, frames=9)[0]
+    rgb, alpha = item["rgb"], item["alpha"]
+    assert (item["name"], item["caption"]) == ("red-soap_bubble.webp", "red soap bubble")
+    assert rgb.dtype == alpha.dtype == torch.float32 and -1 <= rgb.min() < -0.3 and 0.9 < rgb.max() <= 1
+    assert alpha.shape == (1, 9, 64, 64) and alpha.min() == 0 and 0.5 < alpha.max() <= 1
+    rgb, alpha = to_clip(rgb, alpha)
+    assert np.array_equal(alpha, clip.alpha[way]) and np.array_equal(rgb[alpha > 0], clip.rgb[way][alpha > 0])
+    assert np.array_equal(rgb, bleed(clip.rgb, clip.alpha)[way]) and to_clip(torch.ones(3, 1, 2, 2))[1].min() == 255
+
+
+def test_decoded_files_are_kept_up_to_a_size_and_until_released(tmp_path):
+    for name in "abc":
+        write_clip(tmp_path / name, procedural_clip(1, size=32, frames=6))
+    samples = RGBADataset(tmp_path, 32, 2, cache_gb=2.5 * 6 * 32 * 32 * 4 / 2 ** 30)
+    for _ in range(2):
+        assert [len(samples.source(i)[0]) for i in (0, 1, 2, 0)] == [6] * 4 and len(samples.kept) == 2
+        assert samples.source(0)[0] is samples.source(0)[0] and samples.source(2)[0] is not samples.source(2)[0]
+        assert np.shares_memory(samples.clip(0)[1], samples.source(0)[1])     # nothing changes, nothing is computed
+        kept = weakref.ref(samples.source(0)[0])
+        samples.release()
+        assert kept() is None
+
+
+def test_a_window_slides_over_a_still(tmp_path):
+    y, x = np.mgrid[:160, :160].astype(np.uint8)
+    picture, ways = np.stack([x, y, 0 * x], -1), set()
+    write_rgba(tmp_path / "a.png", picture[None])
+    samples = RGBADataset(tmp_path, size=128, frames=17)
+    for variant in range(20):
+        rgb, alpha = samples.clip(0, variant)
+        left, top = rgb[:, 0, 0, 0].astype(int), rgb[:, 0, 0, 1].astype(int)
+        assert {left[0], left[-1]} == {top[0], top[-1]} == {0, 32}                            # 0.8 of 160, end to end
+        assert (np.abs(np.diff(left)) == 2).all() and (np.abs(np.diff(top)) == 2).all()       # a straight line, even
+        assert np.array_equal(rgb[8], rgb[8, :1, :1] + picture[:128, :128])
+        assert same_bytes((rgb, alpha), samples.clip(0, variant))
+        ways.add((left[0], top[0]))
+    assert len(ways) == 4 and np.array_equal(RGBADataset(tmp_path, size=160, frames=1).clip(0, 1)[0][0], picture)
+
+
+def test_a_variant_is_one_window_of_a_clip(tmp_path):
+    y, x = np.mgrid[:100, :200].astype(np.uint8)
+    for name in "ab":
+        write_rgba(tmp_path / name, np.stack([np.stack([x, y, 0 * x + 9 * t], -1) for t in range(3)]))
+    samples = RGBADataset(tmp_path, size=(100, 200), frames=5)
+    found = np.stack([samples.clip(0, variant)[0] for variant in range(1, 60)]).astype(int)
+    assert (found[:, :, 50, 50, 2] == [0, 9, 18, 9, 0]).all() and (np.ptp(found[..., 0], axis=1) == 0).all()
+    left, widths = found[:, 0, 50, 0, 0], (found[:, 0, 50, -1, 0] - found[:, 0, 50, 0, 0] + 1) / 200
+    assert 0.79 < widths.min() < 0.83 and 0.97 < widths.max() <= 1 and left.min() < 3 and left.max() > 20
+    assert not same_bytes(samples.clip(0, 1), samples.clip(1, 1))               # seeded with i as well
+    assert same_bytes(samples.clip(0, 1), RGBADataset(tmp_path, (100, 200), 5).clip(0, 1))
+    assert RGBADataset(tmp_path, (40, 100), 2, keep_aspect=True).clip(0, 1)[1].shape == (2, 48, 96)
+    assert area_size(1080, 1920, 640 * 624) == (480, 848) and area_size(10, 9000, 64 * 64) == (16, 1920)
+
+
+def test_content_is_the_bytes_and_geometry_the_rest(tmp_path):
+    clip = procedural_clip(1, size=32, frames=2)
+    for name in ("a", "b.apng", "c.png", "d.png"):
+        write_clip(tmp_path / name, clip, slice(2 if name < "c" else 1))
+    write_rgba(tmp_path / "a_pha", grey(clip.alpha))
+    files = [file for name in ("a", "a_pha") for file in sorted((tmp_path / name).iterdir())]
+    samples, still = RGBADataset(tmp_path, 32, 5), RGBADataset(tmp_path, 32, 1)
+    assert samples.content(0) == cache_key(*(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
+    g = samples.geometry
+    assert g(0) == g(1) and len({g(1), g(0, 1), g(1, 1), g(1, 2)}) == 4
+    assert len({g(1), g(2), g(3), g(3, 1)}) == 4 and still.geometry(2) == still.geometry(3, 3)      # stills slide
+    others = [RGBADataset(tmp_path, *arguments) for arguments in ((48, 5), (32, 9), (32, 5, 4.0, True), ((32, 48), 5))]
+    assert len({s.geometry(0) for s in (samples, *others)}) == 5
+
+
+# ---- what is wrong with a folder
+
+
+def bad_folder(root, good=30):
+    clip = procedural_clip(4, size=32, frames=5)
+    for i in range(good):
+        write_clip(root / f"{i}.apng", clip)
+        (root / f"{i}.txt").write_text("a thing")
+    write_rgba(root / "short.mp4", clip.rgb)
+    write_rgba(root / "short_pha.mp4", grey(clip.alpha[:3]))
+    (root / "broken.webm").write_bytes(b"no video")
+    write_clip(root / "latin.png", clip, slice(1))
+    (root / "latin.txt").write_bytes("Bällchen".encode("latin-1"))
+    return clip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_clips_are_named_and_left_out(workers, tmp_path, capsys, monkeypatch):
+    clip = bad_folder(tmp_path)
+    samples, said = open_data(tmp_path, 32, 5, workers), capsys.readouterr().err.splitlines()
+    rows = {row["name"]: row for row in json.loads((tmp_path / ".checked.json").read_text())}
+    assert rows["0.apng"] == dict(
+        name="0.apng", bytes=(tmp_path / "0.apng").stat().st_size + 7, frames=5, height=32, width=32,
+        changed=max((tmp_path / f"0.{kind}").stat().st_mtime for kind in ("apng", "txt")), caption=True, error=None,
+        opaque=(clip.alpha == 255).mean(), semi=((clip.alpha > 0) & (clip.alpha < 255)).mean(),
+        transparent=(clip.alpha == 0).mean())
+    bad = {"broken.webm": "cannot be read", "latin.png": "UTF-8", "short.mp4": "make them equal"}
+    assert all(word in rows[name]["error"] for name, word in bad.items())
+    assert said[-4:] == [*(f"skipped: {rows[name]['error']}" for name in bad), "skipped 3 of 33 clips"]
+    assert len(samples) == 30 and samples.caption(29) == "a thing"
+    assert samples.cache == 4 * 2 ** 30 / max(1, workers)                 # shared among the processes that read
+    (tmp_path / "0.apng").write_bytes((tmp_path / "1.apng").read_bytes() + b" ")
+    (tmp_path / "latin.txt").write_text("ball")
+    write_clip(tmp_path / "new.png", clip, slice(1))
+    read, examine = [], data.examine
+    monkeypatch.setattr(data, "examine", lambda sample: read.append(sample.name) or examine(sample))
+    again = open_data(tmp_path, 32, 5, 0)
+    assert read == ["0.apng", "latin.png", "new.png"] and len(again) == 32 and again.fingerprint != samples.fingerprint
+    assert open_data(tmp_path, 32, 5, 0).fingerprint == again.fingerprint and len(read) == 3
+
+
+ROW = dict(name="a.png", bytes=99, changed=0.5, frames=1, height=8, width=8, opaque=1, semi=0, transparent=0,
+           caption=False, error=None)
+
+
+@pytest.mark.parametrize("content", [
+    "[1]", "5", '{"a": 1}', "null", "[", "[" * 99999, "[[1]]", '["name"]', *(json.dumps([ROW | wrong]) for wrong in (
+        dict(name=[]), dict(bytes={}), dict(changed="x"), dict(frames="x"), dict(error=5), dict(more=1)))])
+def test_what_was_checked_is_read_anew_where_its_record_is_damaged(content, tmp_path, monkeypatch):
+    write_rgba(tmp_path / "a.png", np.zeros((1, 8, 8, 3), np.uint8))
+    (tmp_path / ".checked.json").write_text(content)
+    monkeypatch.setattr(data, "identity", lambda sample: {name: ROW[name] for name in ("name", "bytes", "changed")})
+    assert len(open_data(tmp_path, 8, 1, 0)) == 1 and json.loads((tmp_path / ".checked.json").read_text()) == [ROW]
+
+
+def test_a_process_that_ends_while_reading_is_one_sentence(tmp_path, monkeypatch):
+    write_rgba(tmp_path / "a.png", np.zeros((1, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(data, "read_pair", lambda *_: os._exit(1))
+    refuses(lambda: RGBADataset(tmp_path).check(workers=2), "use fewer than 2 workers", errors=OSError)
+
+
+def test_a_clip_that_a_csv_names_again_with_a_lost_matte_stays(tmp_path):
+    write_clip(tmp_path / "a.apng", procedural_clip(4, size=32, frames=2))
+    lines = ["video,alpha,prompt", *["a.apng,,x"] * 20, "gone.mp4,,y", "a.apng,lost.mp4,z"]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    samples = RGBADataset(tmp_path)
+    rows = samples.check()
+    assert ["lost.mp4" in str(row["error"]) for row in rows] == [False] * 20 + [True, False]
+    samples.drop_bad(rows)
+    assert len(samples) == 20
+
+
+def test_the_check_says_what_a_folder_holds(tmp_path, capsys):
+    clip = bad_folder(tmp_path, good=26)
+    write_rgba(tmp_path / "wide.png", np.zeros((1, 16, 64, 3), np.uint8))
+    before = content_of(tmp_path)
+    assert command_of(data)([str(tmp_path), "--workers", "1"]) == 0 and content_of(tmp_path) == before
+    lines, pixels = capsys.readouterr().out.splitlines(), 26 * clip.alpha.size + 16 * 64
+    table = {line[:36].strip(): line[36:] for line in lines[:-3]}
+    assert table.pop("no transparency at all").startswith("1  (warning") and table.pop("semi-transparent pixels")
+    assert table == {"clips": "30", "captions missing": "1", "pairs of unequal length or size": "1",
+                     "cannot be read": "2", "height x width (clips)": "32 x 32 (26), 16 x 64 (1)",
+                     "frames: min, median, max": "1  5  5", "width / height: min, median, max": "1  1  4",
+                     "transparent pixels": f"{26 * (clip.alpha == 0).sum() / pixels:.1%}",
+                     "opaque pixels": f"{(26 * (clip.alpha == 255).sum() + 16 * 64) / pixels:.1%}"}
+    assert all(name in line for name, line in zip(("broken", "latin", "short"), lines[-3:]))
+    (tmp_path / "0.apng").write_bytes(b"")                                # more than one in ten
+    assert command_of(data)([str(tmp_path)]) == 2 and "0.apng cannot be read" in capsys.readouterr().out
+    refuses(lambda: open_data(tmp_path, 32, 5, 0), "4 of 30 clips", "0.apng, broken.webm, latin.png", "kit.data")
+    capsys.readouterr()
+    fails(capsys, command_of(data), tmp_path, "--workers=-1", words=["--workers"])
+
+
+# ---- batches
+
+
+def test_crops_hold_the_object_scale_and_slide():
+    alpha = np.zeros((9, 40, 60), np.uint8)
+    alpha[:, 30:34, 50:54] = 255
+    rgb = np.where(grey(alpha) > 0, 200, 0).astype(np.uint8)
+    for u in torch.rand(20, 4, generator=torch.Generator().manual_seed(0)).tolist():
+        colour, part = batches.crop(rgb, alpha, 5, 16, 40, u)
+        assert part.shape == (5, 16, 16) and (part == 255).sum() == 5 * 16 and (colour == 200).all()     # bled
+        part = batches.crop(rgb, alpha, 5, 32, None, u)[1]                # scaled by 32/40 to 64/40
+        assert part.shape == (5, 32, 32) and 5 * 16 * 0.5 < (part > 127).sum() < 5 * 16 * 3
+    still = np.zeros((1, 40, 60), np.uint8)
+    still[0, 20, 4:56] = 255
+    part = batches.crop(grey(still), still, 9, 16, 40, (0, 0, 0.0, 0.99))[1]
+    assert part.shape == (9, 16, 16) and part.any(axis=(1, 2)).all()
+    assert part[0, :, :4].sum() == 0 and part[-1, :, -4:].sum() == 0      # from the left end to the right one
+    long = np.arange(3, dtype=np.uint8)[:, None, None] * np.ones((1, 16, 16), np.uint8) + 1
+    played = batches.crop(grey(long), long, 9, 16, 16, (0, 0, 0.5, 0.5))[1][:, 0, 0]
+    assert played.tolist() == [1, 2, 3, 2, 1, 2, 3, 2, 1]
+
+
+def test_a_sample_is_the_same_in_any_part_of_a_batch_and_never_held_out(tmp_path):
+    clips.main([str(tmp_path), "--clips=40", "--size=16", "--frames=1"])
+    dataset, phases = RGBADataset(tmp_path, 16, 1), [(3, 1, 16, 8), (6, 5, 24, 4)]
+    assert dataset.held_out() == [38, 39] and dataset.held_out(1) == [38] and dataset.training == 38
+    assert batches.batch_sizes(phases) == [8] * 3 + [4] * 6
+    for step, n in enumerate(batches.batch_sizes(phases)):
+        def draw(part):
+            return batches.draw_clips(dataset, phases, None, step, [sample_generator(0, step, i) for i in part])
+        batch, parts = draw(range(n)), [draw([i]) for i in range(n)]
+        assert batch["rgb"].shape == ((8, 3, 1, 16, 16) if step < 3 else (4, 3, 5, 24, 24))
+        assert batch["names"] == [part["names"][0] for part in parts] and len({*batch["names"]}) > 1
+        assert not {dataset.name(i) for i in dataset.held_out()} & {*batch["names"]}
+        assert all(torch.equal(torch.cat([part[name] for part in parts]), batch[name]) for name in ("rgb", "alpha"))
+    dataset.samples = dataset.samples[:19]                                # too small to hold any out
+    assert dataset.training == 19 and dataset.held_out(2) == [0, 1]
+
+
+def test_a_schedule_is_phases_of_whole_numbers():
+    assert batches.parse_schedule("4000:1:40:64,800:17:64:6") == [(4000, 1, 40, 64), (800, 17, 64, 6)]
+    assert "assert " not in inspect.getsource(batches)                    # gone under python -O
+    for text in ("", "5", "1:1:16", "1:1:16:1:1", "0:1:16:1", "1:0:16:1", "1:-3:16:1", "1:2:16:1", "1:1:8:1",
+                 "1:1:20:1", "1:1:16:0", "1:1:16:x", "1:1:16:1,"):
+        refuses(lambda: batches.parse_schedule(text), "steps:frames:side:batch", errors=ValueError)
+
+
+def test_latents_are_made_once_and_drawn_by_shape(tmp_path):
+    shapes, made, seen = [(16, 2, 4, 4), (16, 2, 2, 6), (16, 2, 2, 6)], [], set()
+
+    def item(i):
+        z = torch.full(shapes[i], float(i))
+        return f"key{i}", lambda: made.append(i) or dict(z=z, mask=z[0] + 0, context=torch.ones(i + 1, 8))
+    files = batches.encoded(tmp_path / "cache", 3, item)
+    os.truncate(files[1], 900)                                            # cut: made again
+    assert batches.encoded(tmp_path / "cache", 3, item) == files and made == [0, 1, 2, 1]
+    groups = batches.of_one_shape(files)
+    assert groups == [[0], [1, 2], [1, 2]] and [batches.latent_shape(file) for file in files] == shapes
+    for step in range(20):
+        def draw(part):
+            return batches.draw_latents(files, groups, "abc", 7, step, [sample_generator(7, step, i) for i in part])
+        batch, parts = draw(range(4)), [draw([i]) for i in range(4)]
+        assert torch.equal(batch["z"], torch.cat([part["z"] for part in parts]))
+        assert batch["z"].flatten(1)[:, 0].tolist() == batch["mask"].flatten(1)[:, 0].tolist() == batch["picks"]
+        assert [(name, len(context) - 1) for name, context in zip(batch["names"], batch["context"])] == [
+            ("abc"[i], i) for i in batch["picks"]]
+        seen.add(tuple(sorted({*batch["picks"]})))
+    assert {(0,), (1, 2)} <= seen <= {(0,), (1,), (2,), (1, 2)}
+    (tmp_path / "file").write_text("")
+    refuses(lambda: batches.encoded(tmp_path / "file", 3, item), "choose another --cache", errors=OSError)
+
+
+# ---- the released files: every layout, and what is none
+
+
+def zeros(meta):
+    return {name: torch.zeros(x.shape) for name, x in meta.items()}
+
+
+def said(capsys, *arguments):
+    adapter.main(list(map(str, arguments)))
+    return capsys.readouterr().out
+
+
+def test_an_adapter_is_told_by_kind_rank_scale_and_model(tmp_path, capsys):
+    file = tmp_path / "adapter.safetensors"
+    save_file(zeros(bench.checkpoint_meta(replace(WAN_14B, num_layers=1))[1]), file)
+    lines = said(capsys, file).splitlines()
+    assert lines[0] == f"{file}: peft (lora_A.default)" and "DoRA on 10 layers, rank [32], scale 1," in lines[1]
+    assert lines[2:] == ["differences: none", "Wan 1.3B: 0 of 10 layers fit", "Wan 14B: 10 of 10 layers fit",
+                         "left over in Wan 14B: nothing"]
+    given = zeros(bench.checkpoint_meta(replace(WAN_1_3B, num_layers=1))[2])
+    given = {key: x for key, x in given.items() if "blocks.0" in key}
+    given |= {key.replace("s.0.", "s.30."): x + 0 for key, x in given.items() if ".diff" not in key}   # there is no 30
+    save_file(given | {"diffusion_model.blocks.0.ffn.0.alpha": torch.tensor(16.0), "strange": torch.zeros(1)}, file)
+    shown = said(capsys, file)
+    assert "ComfyUI (lora_down)" in shown and "LoRA on 20 layers, rank [64], scale [0.25]" in shown
+    assert "differences: 5 diff, 11 diff_b\nWan 1.3B: 15 of 25 layers fit\nWan 14B: 0 of 25 layers fit" in shown
+    assert "left over in Wan 1.3B: 21\n  diffusion_model.blocks.30" in shown and shown.count("finds no target") == 10
+
+
+def test_a_vae_adapter_is_told_with_its_merge_block_and_frozen_copies(tmp_path, capsys):
+    with torch.device("meta"):
+        state = RGBAVAE(WanVAE(), FeatureMerge()).add_adapters(2).adapter_state()
+    state = zeros({name: x for name, x in state.items() if name.startswith("vae")})
+    others = "middle.block.conv1.weight", "edge_loss.kernel", "vae_pha.decoder.conv1.conv3D.base_layer.weight"
+    torch.save(state | {name: torch.zeros(1) for name in others}, tmp_path / "VAE.bin")
+    shown = said(capsys, tmp_path / "VAE.bin")
+    assert "LoRA on 76 layers, rank [2], scale 1 / rank" in shown
+    assert "merge block: 1 tensors; frozen copies, skipped: 2" in shown
+    assert "Wan's VAE: 76 of 76 layers fit\nleft over in Wan's VAE: nothing" in shown
+
+
+def comfy(key):
+    return "diffusion_model." + key.replace(".default", "").replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+
+
+def kohya(key):
+    layer, _, part = comfy(key).removeprefix("diffusion_model.").partition(".lora_")
+    return f"lora_unet_{layer.replace('.', '_')}.lora_{part}"
+
+
+@pytest.mark.parametrize("spell, alpha", [(comfy, False), (kohya, True)])
+def test_an_adapter_is_respelt_and_comes_back(spell, alpha, tmp_path, capsys):
+    """To the other dialect and back: bit for bit the same tensors, which do the same; alpha / r = 1/2 goes into B."""
+    original = {key: x.bfloat16() for key, x in load_file(base() / DORA_FILE).items()}
+    given = {spell(key): 2 * x if alpha and "lora_B" in key else x for key, x in original.items()}
+    if alpha:
+        given |= {key.replace("lora_up.weight", "alpha"): torch.tensor(2.0) for key in given if "lora_up" in key}
+    files = [tmp_path / f"{name}.safetensors" for name in ("given", "peft", "comfy", "again")]
+    save_file(given, files[0])
+    for source, to, out in zip(files, ("peft", "comfy", "peft"), files[1:]):
+        said(capsys, source, "--to", to, out)
+    peft, other, again = map(load_file, files[1:])
+    assert peft.keys() == original.keys() == again.keys() and other.keys() == set(map(comfy, original))
+    assert all(torch.equal(peft[key], x) and torch.equal(again[key], x) and again[key].dtype == x.dtype
+               for key, x in original.items())
+    state = load_file(base() / DIT_FILE)
+    merged, expected = merge_adapter(state, other), merge_adapter(state, given)
+    assert all(torch.equal(merged[name], weight) for name, weight in expected.items())
+
+
+@pytest.mark.parametrize("part, to, word", [
+    ("", "peft out.bin", "safetensors"), ("", "diff out.safetensors", "peft or comfy"),
+    ("norm3.diff", "peft out.safetensors", "no name for diff"),
+    ("ffn.0.alpha", "peft out.safetensors", "scale 0.666667"), ("ffn.2.diff_b", "comfy out.safetensors", "")])
+def test_differences_and_alpha_stay_in_comfy_and_are_refused_in_peft(part, to, word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {f"diffusion_model.blocks.0.{name}": x for name, x in {
+        "ffn.0.lora_down.weight": named("down", (3, 48)), "ffn.0.lora_up.weight": named("up", (96, 3)),
+        "ffn.0.alpha": torch.tensor(2.0), "diff_m": torch.ones(1, 6, 48), "norm3.diff": torch.ones(48),
+        "ffn.2.diff_b": torch.ones(48)}.items() if to.startswith("comfy") or "lora" in name or name == part}
+    save_file(given, "given.safetensors")
+    convert = partial(adapter.main, ["given.safetensors", "--to", *to.split()])
+    if word:
+        refuses(convert, word)
+        assert [file.name for file in tmp_path.iterdir()] == ["given.safetensors"]
+    else:
+        convert()
+        written = load_file("out.safetensors")
+        assert written.keys() == given.keys() and all(torch.equal(written[key], given[key]) for key in given)
+
+
+@pytest.mark.parametrize("key, word", [("patch_embedding.weight", "no adapter"), (None, "there is no checkpoint file"),
+                                       ("blocks.0.ffn.0.dora_scale", "LyCORIS magnitude")])
+def test_what_is_no_adapter_is_one_sentence(key, word, tmp_path, capsys):
+    file, out = tmp_path / "given.bin", tmp_path / "out.safetensors"
+    if key:
+        torch.save({key: torch.ones(1, 48)}, file)
+    fails(capsys, lambda argv: run_command(partial(adapter.main, argv), "kit.adapter"), file, words=[word])
+    refuses(partial(adapter.main, [str(file), "--to", "peft", str(out)]))
+    assert not out.exists()
+
+
+def test_an_alpha_is_one_number(tmp_path, capsys):
+    file = tmp_path / "given.safetensors"
+    parts = dict(down=torch.ones(1, 48), up=torch.ones(96, 1), alpha=torch.ones(2))
+    save_file({adapter.WORDS["comfy"][part].format("blocks.0.ffn.0"): x for part, x in parts.items()}, file)
+    assert "left over" in said(capsys, file)
+    refuses(partial(adapter.main, [str(file), "--to", "peft", str(tmp_path / "out.safetensors")]), "blocks.0.ffn.0")
+
+
+@pytest.mark.parametrize("weight_map, word", [
+    (None, "names no shards"), ({}, "names no shards"), ({"a": 1}, "names no shards"), ({"a": "gone.bin"}, "gone.bin"),
+    ({"a": "diffusion_pytorch_model-0.safetensors"}, "its tensors are others")])
+def test_an_index_that_does_not_fit_its_shards_is_one_sentence(weight_map, word, tmp_path):
+    bench.write_checkpoint(tmp_path, DIT_TINY)
+    (tmp_path / f"{DIT_FILE}.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
+    refuses(partial(open_dit, tmp_path), word, tmp_path)
+
+
+def resident(folder):
+    """MiB of the files in this folder that are in this process's memory."""
+    mapped = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+    return sum(int(re.search(r"\nRss: +(\d+)", part)[1]) for part in mapped if str(folder) in part) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what memory holds of a file")
+def test_loading_keeps_one_tensor_of_its_files_in_memory(tmp_path):
+    bench.write_checkpoint(tmp_path, DiTConfig(512, 1024, 4, 3, text_dim=32, text_len=16))
+    (model, tensors), most = open_dit(tmp_path, [(tmp_path / file, 1.0) for file in bench.ADAPTERS]), {}
+    for name, tensor in tensors:
+        most[name] = resident(tmp_path)
+        del tensor
+    assert list(most) == list(model.state_dict()) and resident(tmp_path) == 0
+    largest = max(p.numel() for p in model.parameters()) * 4 / 2 ** 20                      # 6 MiB, of 50 MiB
+    assert max(most.values()) <= 1.1 * largest + 1
+
+
+def test_a_vae_adapter_may_be_bfloat16_and_repeat_the_frozen_base(tmp_path):
+    vae, lora = (load_file(base() / name) for name in (VAE_FILE, VAE_ADAPTER))
+    lora = {name: x.bfloat16() for name, x in lora.items()}
+    frozen = {f"{branch}.{name}": torch.zeros(1) for branch in ("vae_fgr", "vae_pha") for name in vae}
+    frozen |= {"vae_pha.decoder.conv1.conv3D.base_layer.bias": torch.zeros(1), "lpips_loss.net.w": torch.zeros(1)}
+    torch.save(lora | frozen, tmp_path / "VAE.bin")
+    exact, rgba = (load_rgba_vae(base() / VAE_FILE, file) for file in (base() / VAE_ADAPTER, tmp_path / "VAE.bin"))
+    z = named("z", (1, 16, 1, 2, 2))
+    assert exact.skipped == 0 and rgba.skipped == len(frozen)
+    assert {p.dtype for p in rgba.parameters()} == {torch.float32}
+    close(rgba.decode(z)[0], exact.decode(z)[0], tol=0.1)
+    half = load_rgba_vae(base() / VAE_FILE, tmp_path / "VAE.bin", torch.bfloat16)
+    assert half.decode(z.bfloat16())[1].dtype == torch.bfloat16
+
+
+def test_two_decoders_may_be_merged_already(tmp_path):
+    """As ComfyUI has them: two whole VAEs, the LoRA of each in its decoder, the rest as in the base."""
+    vae, one = load_file(base() / VAE_FILE), base() / VAE_ADAPTER
+    rgba, pair, z = load_rgba_vae(base() / VAE_FILE, one), [], named("z", (1, 16, 1, 2, 2))
+    for name, branch in (("rgb", rgba.vae_fgr), ("alpha", rgba.vae_pha)):
+        pair.append(tmp_path / f"wan_alpha_2.1_vae_{name}_channel.safetensors")
+        save_file(vae | branch.state_dict(), pair[-1])
+    merged = load_rgba_vae(base() / VAE_FILE, pair)
+    assert all(torch.equal(a, b) for a, b in zip(merged.decode(z), rgba.decode(z))) and merged.middle is None
+    assert merged.skipped == 2 * sum(name.startswith(("encoder.", "conv1.")) for name in vae)
+
+
+def test_a_text_encoder_may_be_bfloat16_or_fp8_with_scales(tmp_path):
+    file = write_base(tmp_path / "base") / "other.safetensors"
+    exact = load_file(file.with_name(TEXT_FILE))
+    half = {name: p.bfloat16() for name, p in exact.items()}
+    eight, scaled, marks = half.copy(), half.copy(), {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for name in [name for name, p in exact.items() if p.ndim == 2 and "embedding" not in name]:
+        scale = exact[name].abs().max() / 448
+        eight[name], scaled[name] = (x.to(torch.float8_e4m3fn) for x in (half[name], exact[name] / scale))
+        scaled[name.replace("weight", "scale_weight")] = scale
+        marks[name.replace("weight", "scale_input")] = torch.ones(())
+
+    def loaded(state, dtype=torch.float32):
+        save_file(state, file)
+        encoder = load_text_encoder(file, dtype)
+        assert {p.dtype for p in encoder.model.parameters()} == {dtype}
+        return encoder
+    contexts = [loaded(state)(CAPTIONS)[1] for state in (exact, half, eight, scaled, scaled | marks)]
+    for context, tol in zip(contexts[1:], (0.1, 1, 1, 1)):
+        close(context, contexts[0], tol)
+    assert torch.equal(contexts[3], contexts[4]) and not torch.equal(contexts[2], contexts[3])
+    name, scale = "blocks.1.attn.q.weight", scaled["blocks.1.attn.q.scale_weight"]
+    once = (scaled[name].float() * scale).bfloat16()                                        # rounded at the end alone
+    assert torch.equal(loaded(scaled, torch.bfloat16).model.state_dict()[name], once)
+    for odd in ("blocks.0.attn.q.scale_wait", "token_embedding.scale_weight", "lm_head.weight"):
+        refuses(partial(loaded, scaled | {odd: torch.ones(())}), file, "umT5", odd)
+
+
+def test_training_adapts_what_the_released_dora_does():
+    adapted = adapter_state(add_dora(load_dit(base()), 32, 32, train_dit.TARGETS))
+    assert {name: x.shape for name, x in adapted.items()} == {
+        name: x.shape for name, x in bench.checkpoint_meta(load_dit(base()).config)[1].items()}
+
+
+# ---- the bench and the ablations
+
+
+def test_the_bench_has_the_released_layout_and_loads_as_officially(tmp_path):
+    _, dora, light = bench.checkpoint_meta(WAN_14B)
+    assert (len(dora), len(light)) == (1200, 1459)
+    assert dora["blocks.39.ffn.2.lora_magnitude_vector.default.weight"].shape == (5120,)
+    assert light["diffusion_model.head.head.lora_up.weight"].shape == (64, 64)
+    bench.write_checkpoint(tmp_path, bench.TINY)
+    adapters = [(tmp_path / file, 1.0) for file in bench.ADAPTERS]
+    before, both = load_dit(tmp_path).state_dict(), load_dit(tmp_path, adapters).state_dict()
+    for name, p in bench.load_official(tmp_path, adapters, torch.float32, "cpu").state_dict().items():
+        close(both[name], p, 1e-5)
+        assert torch.equal(p, before[name]) == (name.endswith("modulation") or name == "patch_embedding.weight"), name
+
+
+def test_the_bench_prints_and_writes_its_tables(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "alone", lambda function, *args: function(*args))
+    small, file = ["tiny", "--size", "32x16", "--frames", "5", "--device", "cpu"], tmp_path / "table.json"
+    bench.main(["clip", *small, "--steps", "2", "--json", str(file), "--offload"])
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["what"] for row in rows] == [
+        "transformer: random weights", "transformer: pass 1 of 2", "transformer: pass 2 of 2",
+        "decoders: random weights", "decoders: colour", "decoders: alpha"]
+    assert kernel_says("/proc/self/status", "VmHWM") is None or all(0 < row["anonymous_mib"] <= row["host_mib"] for row in rows)
+    bench.main(["train", *small])
+    bench.main(["load", "--device", "cpu", "tiny", "--folder", str(tmp_path / "new")])
+    table = capsys.readouterr().out
+    assert all(words in table for words in ("bytes a token", "load_dit", "load_scaled", "load_official", "anonymous"))
+    assert (tmp_path / "new/config.json").is_file()
+
+
+@pytest.mark.skipif(kernel_says("/proc/self/status", "RssAnon") is None, reason="no /proc here")
+def test_the_bench_measures_the_memory_of_the_block_alone():
+    rows = []
+    for numbers in (1, 75_000_000, 1):
+        with bench.row_of("memory", "cpu") as row:
+            torch.ones(numbers)
+        rows.append(row)
+    for kind in ("host_mib", "anonymous_mib"):
+        assert rows[1][kind] - max(rows[0][kind], rows[2][kind]) > 240, kind
+
+
+@pytest.mark.parametrize("flags, need, word", [
+    ("forward 7B", 0, "invalid choice: '7B'"), ("forward tiny --frames 16", 0, "4k+1"), ("train tiny --fp8", 0, "fp8"),
+    ("forward tiny --size 30", 0, "multiples of 16"), ("load tiny --folder .", 0, "empty --folder"),
+    ("forward tiny --offload", 0.6, "memory on cpu")])                              # on a CPU, device and host are one
+def test_the_bench_refuses_in_one_sentence(flags, need, word, tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("keep")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "alone", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(bench, "dit_memory", lambda *args: 2 * [need * bench.free_memory("cpu")])
+    refuses(partial(bench.main, [*flags.split(), "--device", "cpu"]), word)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+FAKE = """import json, pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else sys.argv[1])
+root = out.parents[1] if "--out" in sys.argv else out.parent
+with open(root / "calls.txt", "a") as file:
+    print(json.dumps(sys.argv[1:]), file=file)
+if out.parent.name == "vae-tabd" and (root / "fails").exists():
+    sys.exit("no luck")
+half = dict.fromkeys(("corners", "no_holes", "color", "motion", "shape", "material"), 0.5)
+clips = dict.fromkeys(("soft render", "colour, alpha > 0", "alpha"), dict(psnr=30.5, ssim=0.5))
+scores = {"unseen clips": dict(mean=clips), "cells": dict(opaque=1, transparent=2),
+          "scores": dict.fromkeys(("1", "2", "4", "8", "20"), half)}
+(out / "dit-rgba").mkdir(parents=True, exist_ok=True)
+(out / "metadata.jsonl").touch()
+(out / "dit-rgba/summary.json").write_text('{"held_out_mse": 0.25}')
+if "train" not in sys.argv[0]:
+    (out / "eval.json").write_text(json.dumps(scores))
+"""
+
+
+def test_the_ablations_go_on_after_a_failure_with_words_that_the_commands_know(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "all of it"
+    (tmp_path / "kit").mkdir()
+    for file in ("train_vae.py", "train_dit.py", "kit/clips.py", "kit/evaluate.py"):
+        (tmp_path / file).write_text(FAKE)
+    monkeypatch.setattr(ablate, "ROOT", tmp_path)
+    out.mkdir()
+    (out / "fails").touch()
+    refuses(partial(ablate.main, [str(out), "--seeds", "0", "1"]), "vae-tabd/0.log")
+    assert "no luck" in (out / "vae-tabd/0.log").read_text()
+    (out / "fails").unlink()
+    ablate.main([str(out), "--seeds", "0", "1"])
+    table = capsys.readouterr().out
+    assert "| tabd | 30.50 ± 0.00, 0.500 ± 0.000 |" in table and "| dora, 20 steps |  | 50.0 ± 0.0 |" in table
+    assert "| latent-tabd | 0.250 ± 0.000 | 50.0 ± 0.0 |" in table
+    said = (out / "calls.txt").read_text()
+    ablate.main([str(out), "--seeds", "0", "1"])
+    assert (out / "calls.txt").read_text() == said                                  # what is finished is not made again
+    calls = [json.loads(line) for line in said.splitlines()]
+    monkeypatch.setattr(evaluate, "settle", lambda args: args)
+    parsers = {False: train_vae.make_parser(), True: train_dit.make_parser()}
+    for call in calls[1:]:
+        parse = evaluate.parse_args if call[0] in ("vae", "dit") else parsers["--unweighted" in call].parse_args
+        parse(call)
+    scored = [call for call in calls if call[0] == "dit"]
+    assert len(scored) == 14 and f"{out}/vae-tabd/1/Wan-Alpha-v2-VAE.safetensors" in scored[-1]
+
+
+def one(motion="rising", material="solid", shape="ball"):
+    return procedural_clip(5, two=0, shape=shape, color="red", material=material, motion=motion)
+
+
+def smooth(x):                                    # uint8 (t, h, w) or (t, h, w, 3), by 1.2 pixels
+    y = torch.from_numpy(x.reshape(*x.shape[:3], -1)).movedim(-1, 1).float()
+    blur = torch.nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+    return blur(blur(y)).movedim(1, -1).round().byte().numpy().reshape(x.shape)
+
+
+def test_scores_pass_on_the_truth_and_through_a_blur_and_wrong_labels_by_chance():
+    asked, sizes = evaluate.unseen_prompts(24), (96, 64, (64, 112))
+    clips = [procedural_clip(i, sizes[i % 3], two=0, **attributes) for i, (_, attributes) in enumerate(asked)]
+    others, got = [clip.attributes for clip in clips[1:] + clips[:1]], []
+    for i, (clip, other) in enumerate(zip(clips, others)):
+        scores = score_clip(clip.rgb, clip.alpha, clip.attributes)
+        assert False not in scores.values() and {type(passes) for passes in scores.values()} <= {bool, type(None)}
+        if i % 3 == 0:
+            assert False not in score_clip(smooth(clip.rgb), smooth(clip.alpha), clip.attributes).values(), clip.caption
+        got.append(score_clip(clip.rgb, clip.alpha, other))
+    for name in ("shape", "color", "motion"):                              # it passes just where the labels agree
+        agree = [clip.attributes[name] == other[name] for clip, other in zip(clips, others)]
+        assert [scores[name] for scores in got] == agree and np.mean(agree) < 0.3
+    assert np.mean([scores["material"] for scores in got]) < 0.7           # glass, smoke and bubble share one rule
+
+
+def test_left_and_right_up_and_down_are_told_apart_and_what_comes_back_has_no_motion():
+    right, left, same = "moving from left to right", "moving from right to left", ("bouncing", "spinning", "orbiting")
+    for expected in ((right, left, left), ("rising", "rising", "falling"), *((motion,) * 3 for motion in same)):
+        alpha = one(expected[0]).alpha
+        assert tuple(named_motion(x.copy()) for x in (alpha, alpha[:, :, ::-1], alpha[::-1])) == expected
+    alpha, vanishing = one(right).alpha, one(right).alpha
+    vanishing[9] = 0
+    for x in (np.repeat(alpha[:1], 17, 0), np.concatenate([alpha[::2], alpha[-2::-2]]), vanishing):
+        assert named_motion(x) == "none"
+
+
+def test_a_hole_is_caught_and_a_dent_is_not():
+    clip, ring = one("moving from left to right"), one(shape="ring").alpha
+    row, column = (places[len(places) // 2] for places in body(clip.alpha)[8].nonzero())
+    hole, dent = clip.alpha.copy(), clip.alpha.copy()
+    hole[8, row:row + 2, column:column + 2] = dent[8, :row, column:column + 2] = 150
+    assert [has_holes(alpha) for alpha in (clip.alpha, hole, dent, ring)] == [False, True, False, True]
+    for other, expected in (({}, False), ({"shape": "ring"}, None), ({"material": "glass"}, None)):
+        assert score_clip(clip.rgb, hole, clip.attributes | other)["no_holes"] is expected
+
+
+def test_scores_fail_where_they_should():
+    clip, nothing = one(), np.zeros((17, 64, 64, 3), np.uint8)
+    for alpha, name in ((np.maximum(clip.alpha, 4), "corners"), (clip.alpha // 10 * 9, "solid")):     # 4: 0.016
+        assert score_clip(clip.rgb, alpha, clip.attributes)[name] is False
+    for material, as_if in (("solid", "glow"), ("solid", "glass"), ("glass", "solid"), ("smoke", "glow")):
+        shown = one(material=material)
+        scores = score_clip(shown.rgb, shown.alpha, shown.attributes | {"material": as_if})
+        assert scores["material"] is scores[as_if] is False and scores[material] is None
+    empty, cross = nothing[..., 0], nothing[..., 0].copy()
+    cross[:, 30:34, 10:54] = cross[:, 10:54, 30:34] = 255
+    assert {named_shape(cross), named_shape(empty), named_motion(empty), named_color(nothing, empty)} == {"none"}
+    scores = score_clip(nothing, empty, clip.attributes)
+    assert [name for name in scores if scores[name]] == ["corners", "no_holes"]
+
+
+def test_tables_count_only_what_applies():
+    rows = [dict(color=True, glass=None, glow=None), dict(color=False, glass=True, glow=None)]
+    assert shares_of(rows) == dict(color=0.5, glass=1, glow=None)
+    assert " ".join(score_table(rows).split()) == "color 50.0 % 1 of 2 glass 100.0 % 1 of 1 glow - % 0 of 0"
+    prompts = [("a", dict(shape="ball")), ("b", dict(shape="ring"))]
+    assert score_by(rows, prompts, "color", "shape") == "color by shape: ball 1 of 1, ring 0 of 1"
+
+
+def test_unseen_prompts_are_held_out_different_and_even():
+    prompts = evaluate.unseen_prompts()
+    combinations = [(a["shape"], a["color"], a["material"], a["motion"]) for _, a in prompts]
+    assert len(set(combinations)) == 200 and all(held_out(*c) for c in combinations)
+    for values, column in zip((SHAPES, COLORS, MATERIALS, MOTIONS), zip(*combinations)):
+        assert min(column.count(value) for value in values) > 0.7 * 200 / len(values)
+    assert all(prompt == caption_of(attributes, i % 2) for i, (prompt, attributes) in enumerate(prompts))
+    assert prompts[:24] == evaluate.unseen_prompts(24) != evaluate.unseen_prompts(24, seed=1)
+
+
+def test_psnr_of_known_errors_and_the_region_of_an_object():
+    x, y, mask = np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 8, 8), bool)
+    y[:, :, :4], mask[:, :, :4], alpha = 51, True, np.pad([[[1]]], ((0, 1), (8, 7), (8, 7)))
+    assert round(psnr(x, y, mask), 4) == 13.9794 and round(psnr(x, y), 4) == 16.9897 and psnr(x, x) > 75
+    assert object_region(alpha).sum() == 25 and object_region(alpha)[0, 6:11, 6:11].all()
+
+
+def test_ssim_of_known_pictures():
+    """scikit-image 0.25: structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)."""
+    y, x = np.mgrid[:32, :40]
+    a = ((x * 7 + y * 3 + (x * y) % 11 * 9) % 256).astype(np.uint8)[None]
+    b = np.clip(a.astype(int) + ((x * 13 + y * 29) % 41 - 20), 0, 255).astype(np.uint8)
+    for pair, expected in (((a, b), 0.9633062), ((a, np.roll(a, 3, 2)), 0.0922819), ((a // 4 + 90, b), 0.4380390)):
+        colour = [np.stack([v, v, v], -1) for v in pair]
+        assert abs(ssim(*pair) - expected) < 1e-5 and abs(ssim(*colour, np.ones(a.shape, bool)) - expected) < 1e-5
+    half, left = a.copy(), np.zeros(a.shape, bool)
+    half[:, :, 20:], left[:, :, :15] = b[:, :, 20:], True               # its windows end where the halves meet
+    assert ssim(a, half, left) == 1 > ssim(a, half)
+
+
+def test_naive_autoencoder_sees_hidden_colour_and_is_judged_by_it():
+    rgba, alpha = load_rgba_vae(base() / VAE_FILE, base() / VAE_ADAPTER), torch.zeros(1, 1, 1, 16, 16)
+    alpha[..., :8], rgb = 1, torch.full((1, 3, 1, 16, 16), 0.5)
+    for naive in (False, True):
+        first, other = (train_vae.rgba_step(rgba, x, alpha, [evaluate.eval_generator(0, 0)], naive=naive)["loss"]
+                        for x in (rgb, torch.where(alpha > 0, rgb, -1.0)))
+        assert bool(first != other) is naive
+
+
+def test_evaluation_is_as_the_base_says_and_repeatable(tmp_path):
+    records = []
+    for more in ("", "", "--seed 1", "--mean 1"):
+        evaluate.main(f"dit --base {base()} --out {tmp_path} --prompts 2 --steps 1 {more}".split())
+        records.append(json.loads((tmp_path / "eval.json").read_text()))
+    assert dict(size=[48, 32], frames=5, mean=0.05, shift=5).items() <= records[0]["arguments"].items()
+    assert records[0] == records[1] and records[0]["ellipse"] not in [record["ellipse"] for record in records[2:]]
+    assert [*records[0]["scores"]] == ["4", "1"] and len(records[0]["clips"]) == 2
+
+
+def test_held_out_noise_is_always_the_same_and_another_for_each_clip_and_round(tmp_path):
+    files, seen = [tmp_path / "z.safetensors"] * 2, []
+    save_tensors(files[0], dict(z=torch.full((3,), 1.5)))
+
+    def step(item, generators):
+        seen.append(generators[0].initial_seed())
+        return dict(mse=item["z"].mean(1)[0])
+    assert evaluate.held_out_mse(step, files) == evaluate.held_out_mse(step, files) == 1.5
+    assert seen[:8] == seen[8:] and len(set(seen)) == 8 and evaluate.eval_generator(1, 2).initial_seed() == 2_000_010
+
+
+@pytest.mark.parametrize("argv, word", [("", "model"), ("vae --base nowhere", "nowhere"), ("vae --frames 6", "4k+1"),
+                                        ("dit --size 40x64", "16"), ("dit --prompts 3000", "only")])
+def test_wrong_arguments_of_an_evaluation(argv, word):
+    refuses(lambda: evaluate.main(argv.split()), word)
+
+
+# ---- generate.py
+
+CLIP_FILES = ("rgba.webm", "rgba.mov", "frames", "preview.mp4", "preview.webp", "rgb.mp4", "alpha.mp4", "run.json")
+SHORT = "--frames", 1, "--size", "16x16", "--steps", 1
+
+
+def parsed(*argv):
+    return generate.make_parser().parse_args(["--base", str(base()), *map(str, argv)])
+
+
+def settled(*argv):
+    return generate.settle(parsed(*argv))
+
+
+def make(prompt, out, *flags):
+    return list(generate.generate(parsed(prompt, "--out", out, *flags)))
+
+
+def command(argv):
+    return run_command(lambda: generate.main([str(a) for a in argv]), "generate.py")
+
+
+def pngs(folder):
+    return [path.read_bytes() for path in sorted((folder / "frames").iterdir())]
+
+
+@cache
+def clip():
+    return make("A red glass ball", Path(kept().name) / "out", "--seed", 3)[0]
+
+
+def test_generate_writes_every_file_and_keeps_alpha():
+    assert clip().name == "a-red-glass-ball-3" and [path.name for path in clip().parent.iterdir()] == [clip().name]
+    assert sorted(path.name for path in clip().iterdir()) == sorted(CLIP_FILES)
+    read = {name: read_rgba(clip() / name) for name in CLIP_FILES[:-1]}
+    rgb, alpha = read["frames"]
+    assert rgb.shape == (5, 32, 48, 3) and alpha.std() > 5 and rgb.std() > 5                    # worth a test
+    assert all(colour.shape == rgb.shape for colour, _ in read.values())
+    for name in ("rgba.webm", "rgba.mov"):
+        assert np.abs(read[name][1].astype(float) - alpha).mean() < 3, name
+    assert np.abs(read["alpha.mp4"][0].astype(float) - alpha[..., None]).mean() < 3
+    preview, opacity = read["preview.webp"][0], alpha[:, 0, 0] / 255            # of a corner, over the light square
+    assert np.abs(preview[:, 0, 0, 0] - (rgb[:, 0, 0, 0] * opacity + 226 * (1 - opacity))).max() <= 1
+
+
+def test_generate_records_the_run():
+    run = json.loads((clip() / "run.json").read_text())
+    asked = run["arguments"]
+    assert run["seed"] == asked["seed"] == 3 and asked["prompt"] == "A red glass ball" and asked["size"] == [48, 32]
+    assert asked["steps"] == 2 and asked["fps"] == 8 and asked["mean"] == 0.05      # from config.json, and Wan's
+    assert run["versions"]["torch"] == torch.__version__ and run["versions"]["python"] == sys.version.split()[0]
+    assert list(run["stages"]) == ["text", "transformer", "decode", "write"]
+    assert all(stage["seconds"] >= 0 and stage["host_mib"] > 50 for stage in run["stages"].values())
+    hashes = {str(base() / name): hashlib.sha256((base() / name).read_bytes()).hexdigest() for name in BASE_FILES}
+    assert run["weights"] == hashes
+
+
+def test_same_seed_same_bytes(tmp_path):
+    for _ in range(2):                                                          # in place of an earlier result, too
+        same, other = make("A red glass ball", tmp_path, "--seed", 3, 4)
+        assert pngs(same) == pngs(clip()) != pngs(other)
+
+
+def sampled(*argv):
+    args = settled(*argv)
+    with torch.inference_mode():
+        (z,), _ = generate.sample(args, generate.encode_prompts(args), generate.make_mask(args))
+    return z
+
+
+def test_every_argument_has_a_say():
+    plain = sampled("ball")
+    assert torch.equal(plain, sampled("ball", "--offload")) and plain.shape == (1, 16, 2, 4, 6)
+    for flags in (("--seed", 1), ("--steps", 3), ("--shift", 3), ("--guidance", 2), ("--mean", 0), ("--mean", 0.1),
+                  ("--mask", "0.2,0.5,0.2,0.3"), ("--dora", ""), ("--distill", base() / DORA_FILE),
+                  ("--sampler", "unipc"), ("--dtype", "bfloat16"), ("--fp8",)):
+        assert not torch.equal(plain, sampled("ball", *flags)), flags
+    assert not torch.equal(plain, sampled("ghost"))
+    assert sampled("ball", "--size", "32x48", "--frames", 9).shape == (1, 16, 3, 6, 4)
+
+
+def test_guidance_reads_the_negative_prompt():
+    for guidance, texts in ((1, ["ball"]), (0, ["ball", "ghost"]), (3, ["ball", "ghost"])):
+        args = settled("ball", "--negative", "ghost", "--guidance", guidance)
+        assert list(generate.encode_prompts(args)) == texts
+
+
+def test_pixels_are_rounded():
+    pieces = [torch.tensor([[[[[-0.5, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.5]]]]])] * 2
+    assert generate.to_bytes(pieces)[..., 0].tolist() == [[[0, 0, 1, 255, 255]]] * 2
+
+
+def test_masks_of_every_kind(tmp_path):
+    def mask(spec, *flags):
+        return generate.make_mask(settled("ball", "--size", "64x64", "--mask", spec, *flags))
+    alpha, rgb = np.zeros((3, 32, 32), np.uint8), np.full((3, 32, 32, 3), 90, np.uint8)
+    alpha[:, 4:28, 4:12] = 255
+    write_rgba(tmp_path / "clip.webm", rgb, alpha)
+    write_rgba(tmp_path / "matte", np.repeat(alpha[..., None], 3, -1))
+    saved = mask(tmp_path / "clip.webm")
+    torch.save(saved, tmp_path / "gauss_mask")
+    assert saved.shape == (2, 8, 8) and saved[0].argmax() % 8 in (1, 2)
+    for spec in (tmp_path / "matte", tmp_path / "gauss_mask"):
+        assert torch.allclose(mask(spec), saved, atol=0.05), spec
+    assert mask("0.25,0.5,0.2,0.4")[0].argmax() % 8 in (1, 2)
+    assert mask("this is not read", "--mean", 0) is None
+
+
+def test_generate_takes_any_prompt_from_anywhere(tmp_path):
+    prompt, flags = "一只红色的玻璃球 🐉 " + "word " * 3000, ("--base", base(), "--frames", "1", "--size", "16x16")
+    run = subprocess.run([sys.executable, ROOT / "generate.py", prompt, *flags], cwd=tmp_path, capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stderr
+    (folder,) = (tmp_path / "out").iterdir()
+    assert run.stdout == f"{Path('out') / folder.name}\n" and folder.name.startswith("一只红色的玻璃球-word-word")
+    (cut,) = [line for line in run.stderr.splitlines() if "cut" in line]
+    assert cut.startswith("generate.py: ") and "limit 32" in cut and len(pngs(folder)) == 1
+
+
+def test_folder_names():
+    name = result.folder_name
+    for prompt, expected in (("A red glass ball, bouncing!", "a-red-glass-ball-bouncing-0"), ("../../etc", "etc-0"),
+                             ("一只红色的玻璃球", "一只红色的玻璃球-0"), ("Élan: 2 balls 🐉", "élan-2-balls-0"),
+                             (settled("a \udce9 ball").prompt, "a-ball-0")):            # a shell's invalid UTF-8
+        assert name(prompt, 0) == expected
+    assert name("🐉", 0) != name("🐱", 0) and name("🐉", 0).startswith("clip-")
+    template = "This video has a transparent background. Close-up shot. A {} flying. Realistic style."
+    assert name(template.format("parrot"), 0) != name(template.format("dragon"), 0)
+    assert all(len(name(word * 3000, 0).encode()) <= 180 for word in ("word ", "球", "𠀀", "a"))
+
+
+@cache
+def wrong_files():
+    """A folder of files that are not what a flag asks for."""
+    folder = Path(kept().name) / "wrong"
+    (folder / "ball-0").mkdir(parents=True)
+    write_rgba(folder / "empty.webp", np.zeros((1, 32, 32, 3), np.uint8), np.zeros((1, 32, 32), np.uint8))
+    for name, content in {"blank": b" \n\n", "binary": b"a\0b", "latin": b"\xe9", "twice": b"A ball\na ball!",
+                          "text.pt": b"text", "text.safetensors": b"text", "text.webm": b"text"}.items():
+        (folder / name).write_bytes(content)
+    shutil.rmtree(shutil.copytree(base_of_two(), folder / "lone") / "low_noise_model")
+    return folder
+
+
+ALONE = """--size 50x32|--size 0x0|--size 8x8|--size -16x32|--size axb|--frames 4|--frames 0|--frames -3|--frames x|
+    --steps 0|--shift 0|--shift inf|--mean nan|--guidance inf|--guidance 4 3|--seed 3 -1|--seed 9223372036854775808|
+    --vae-chunk 0|--shard --fp8|--dora DORA DORA|--distill DORA DORA|--out {}/twice|--prompts {}/blank|
+    --prompts {}/binary|--prompts {}/latin|--prompts {}/none|--prompts {}/lone""".split("|")
+WRONG = {       # flags, {} the folder of wrong files -> a word of the sentence: alone, the flag
+    **{flags.strip(): flags.split()[0] for flags in ALONE}, "--sampler ddim": "ddim", "--seed ball": "ball",
+    "--seed 1 1": "ball-1", "--shard": "torchrun", "--base {}/none": "config.json", "--base {}": "config.json",
+    "--base {}/lone": "low_noise_model", "--vae-adapter {}/none": "none", "--vae-adapter DORA": DORA_FILE,
+    "--vae-adapter DORA DORA DORA": "one file", "--dora {}/none": "none", "--dora VAE": VAE_FILE, "&nbsp;": "prompt",
+    "--distill {}/text.safetensors": "text.safetensors", "--mask ball": "ball", "--mask 0.5,0.5,0,0.2": "0.5",
+    "--mask {}/empty.webp": "empty", "--mask {}/none.webm": "none", "--mask {}/text.pt": "text.pt",
+    "--mask {}/text.webm": "text.webm", "--prompts {}/twice": "a-ball-0", "--seed 1 --prompts {}/twice": "either",
+    "--out {}": "ball-0"}
+
+
+@pytest.mark.parametrize("flags", WRONG)
+def test_wrong_input_is_one_sentence(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "encode_prompts", lambda args: pytest.fail("long work before the error"))
+    here = dict(DORA=base() / DORA_FILE, VAE=base() / VAE_FILE)
+    argv = [here.get(word, word) for word in flags.format(wrong_files()).split()]
+    prompt = [] if argv[0] in ("--prompts", "&nbsp;") else ["ball"]
+    fails(capsys, command, *prompt, "--base", base(), "--out", tmp_path / "out", *argv, words=[WRONG[flags]])
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_base_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "encode_prompts", lambda args: pytest.fail("long work before the error"))
+    folder, argv = shutil.copytree(base(), tmp_path / "base"), ("ball", "--base", tmp_path / "base")
+    contents = {name: (base() / name).read_bytes() for name in BASE_FILES}
+    another = dict(zip(BASE_FILES[2:], BASE_FILES[3:] + BASE_FILES[2:3]))                   # of another model
+    for name, whole in contents.items():
+        stem = name.split("/")[-1].split(".")[0]
+        for broken in (b"", whole[:len(whole) // 2], b"nothing of the kind", contents.get(another.get(name), b"[1]")):
+            (folder / name).write_bytes(broken)
+            sentence = fails(capsys, command, *argv)
+            assert stem in sentence or "is not a Wan DiT" in sentence, (name, broken[:20])
+        (folder / name).unlink()
+        fails(capsys, command, *argv, words=[stem])
+        (folder / name).write_bytes(whole)
+    config = json.loads(contents["config.json"])
+    for changes, word in ((dict(generate={}), "--vae-adapter"), (dict(text_dim=48), "text_embedding")):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        fails(capsys, command, *argv, words=[word])
+
+
+def test_the_check_reads_and_merges_no_weights_of_the_vae(monkeypatch):
+    args, read, opened = settled("ball"), files.Checkpoint.read, []
+    monkeypatch.setattr(files.Checkpoint, "read",
+                        lambda file, *names: opened.extend(file.files.values()) or read(file, *names))
+    monkeypatch.setattr(dora, "merge_tensor", lambda *_: pytest.fail("merged"))     # it imports torch's compiler: 1 s
+    generate.check(args)
+    assert not {args.vae, *map(Path, args.vae_adapter)} & set(opened)
+
+
+@cache
+def base_of_two():
+    """A base folder like Wan2.2's; its two transformers differ."""
+    folder = shutil.copytree(base(), Path(kept().name) / "two")
+    state = load_file(folder / DIT_FILE)
+    (folder / DIT_FILE).unlink()
+    for name, factor in (("high_noise_model", 1), ("low_noise_model", 0.7)):
+        (folder / name).mkdir()
+        save_file({key: factor * tensor for key, tensor in state.items()}, folder / name / DIT_FILE)
+        shutil.copy(folder / "config.json", folder / name)
+    return folder
+
+
+def test_prompts_and_seeds_are_many_single_runs(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\ufeffa ball\r\n\n  a blue   ghost \n", encoding="utf-8")
+    flags = "--base", base(), "--out", tmp_path / "many", "--guidance", 2, *SHORT
+    assert command(["--prompts", tmp_path / "prompts.txt", "--seed", 5, 0, *flags]) == 0
+    out, err = capsys.readouterr()
+    names = ["a-ball-5", "a-ball-0", "a-blue-ghost-5", "a-blue-ghost-0"]
+    assert out.split() == [str(tmp_path / "many" / name) for name in names]
+    assert all(f"\n{stage}: seconds" in f"\n{err}" for stage in ("text", "transformer", "decode", "write"))
+    for prompt, seed, name in (("a ball", 0, names[1]), ("a blue ghost", 5, names[2])):
+        run = json.loads((tmp_path / "many" / name / "run.json").read_text())
+        assert (run["arguments"]["prompt"], run["seed"], run["arguments"]["seed"]) == (prompt, seed, seed)
+        (single,) = make(prompt, tmp_path / "single", "--guidance", 2, *SHORT, "--seed", seed)
+        assert single.name == name and pngs(single) == pngs(tmp_path / "many" / name)
+
+
+@pytest.mark.parametrize("stage", ["shift_noise", "decode"])
+def test_finished_clips_are_kept_if_a_later_one_fails(stage, tmp_path, monkeypatch, capsys):
+    run, calls = getattr(generate, stage), count(1)
+
+    def fail_second(*args):
+        if next(calls) == 2:
+            raise MemoryError
+        return run(*args)
+    monkeypatch.setattr(generate, stage, fail_second)
+    (tmp_path / "ball-2").mkdir()
+    (tmp_path / "ball-2" / "run.json").write_text("earlier")
+    assert command(["ball", "--base", base(), "--out", tmp_path, "--seed", 1, 2, 3, *SHORT]) == 2
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'ball-1'}\n" and "not enough memory" in err.splitlines()[-1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ball-1", "ball-2"]
+    assert len(pngs(tmp_path / "ball-1")) == 1 and (tmp_path / "ball-2" / "run.json").read_text() == "earlier"
+
+
+@pytest.mark.parametrize("name, solver, start", [("euler", euler, 1.0), ("unipc", unipc, 0.999)])
+def test_two_experts_share_the_noise_levels(name, solver, start, monkeypatch):
+    load, alive = generate.load_scaled, []
+
+    def spy(*args):
+        assert not any(expert() for expert in alive)                            # one at a time
+        dit = load(*args)
+        alive.append(weakref.ref(dit))
+        return dit
+    monkeypatch.setattr(generate, "load_scaled", spy)
+    args = settled("ball", "--base", base_of_two(), "--steps", 4, "--shift", 5, "--guidance", 2, 1, "--negative",
+                   "ghost", "--seed", 1, 2, "--sampler", name)
+    mask = generate.make_mask(args)
+    with torch.inference_mode():
+        contexts = generate.encode_prompts(args)
+        latents, error = generate.sample(args, contexts, mask)
+    high, low = (load_dit(expert.path, expert.adapters) for expert in args.experts)
+
+    def velocity(z, t):
+        if t < 875:
+            return low(z, t, [contexts["ball"]])
+        return guide(high(z, t, [contexts["ball"]]), high(z, t, [contexts["ghost"]]), 2)
+    noise = torch.randn(latents[1].shape, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        *_, (_, z) = solver(velocity, shift_noise(noise, mask, args.mean), shifted_sigmas(4, start=start))
+    assert error is None and len(alive) == 2 and torch.equal(z, latents[1]) and not torch.equal(*latents)
+
+
+def test_wan_2_2_has_numbers_of_its_own_unless_distilled(tmp_path):
+    adapter = shutil.copy(base() / DORA_FILE, tmp_path)
+    for name in generate.EXPERTS:
+        (tmp_path / name).mkdir()
+
+    def numbers(*flags):
+        args = settled("ball", "--base", tmp_path, *flags)
+        return args.steps, args.shift, [e.guidance for e in args.experts], [len(e.adapters) for e in args.experts]
+    assert numbers() == (40, 12, [4, 3], [0, 0])
+    assert numbers("--distill", adapter, "--dora", adapter, "") == (4, 5, [1, 1], [2, 1])
+    assert numbers("--steps", 8, "--guidance", 2) == (8, 12, [2, 2], [0, 0])
+
+
+def test_an_error_in_one_process_ends_all(tmp_path, monkeypatch):
+    def gather(errors, error):
+        errors[1] = ValueError("the second process has no file")
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for rank, kind in ((0, ValueError), (1, SystemExit)):
+        with pytest.raises(kind):
+            generate.prepare(parsed("ball", "--out", tmp_path), rank, 2, None)
+
+
+# ---- kit/memory.py
+
+CLIP = 21 * 30 * 52     # tokens of 81 frames of 832 x 480
+MEASURED = DiTConfig(dim=256, ffn_dim=640, num_heads=4, num_layers=6, text_dim=32, text_len=8)
+MATRICES = r".*_attn\.[qkvo]|.*\.ffn\.[02]"
+
+
+def test_too_large_a_model_names_the_flags_that_make_it_fit(monkeypatch):
+    def needs(dit, tokens, dtype, offload, fp8, ranks, shard):
+        return (1 if offload else 4) * dtype.itemsize // (2 if fp8 else 1) * 2 ** 30 + tokens * 2 ** 20, 0
+
+    def advice(free, *flags):
+        monkeypatch.setattr(memory, "free_memory", lambda device: free * 2 ** 30)
+        try:
+            return generate.check(settled("ball", *flags))
+        except ValueError as error:
+            assert "the transformer needs" in str(error) and f"{free:.1f} are free" in str(error)
+            return str(error).rpartition("; ")[2]
+    assert advice(0.5) is None                      # tiny models are never refused
+    monkeypatch.setattr(memory, "dit_memory", needs)
+    half, less = ("--dtype", "bfloat16"), ("--offload", "--fp8")
+    assert advice(17) is None and advice(9) == "give --dtype bfloat16" and advice(9, *half) is None
+    assert advice(5, *half) == "give --offload" and advice(2.5) == "give --dtype bfloat16 --offload"
+    assert advice(1.5) == "give --dtype bfloat16 --offload --fp8" and advice(9, *less) is None
+    assert advice(1.5, *half, *less, "--frames", 401) == "give a smaller --size or fewer --frames"
+    assert advice(1.5, *half, *less, "--frames", 81) is None and advice(0.01).startswith("take a smaller model")
+
+
+@pytest.mark.parametrize("device, free, frames, size, chunk", [
+    ("cpu", 2 ** 50, 17, (48, 32), 1), ("cuda", 0, 17, (48, 32), 1), ("cuda", 2 ** 50, 17, (48, 32), 5),
+    ("cuda", 2 ** 33, 81, (832, 480), 1), ("cuda", 2 ** 35, 81, (832, 480), 2), ("cuda", 2 ** 50, 81, (832, 480), 4)])
+def test_chunks_of_decoding_grow_with_free_memory(device, free, frames, size, chunk, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    args = Namespace(device=device, frames=frames, size=size, vae_dtype=torch.float32)
+    assert memory.choose_chunk(args, Namespace(dim=96)) == chunk
+
+
+def test_memory_estimates_at_known_sizes():
+    """14B is 28.6 GB in bfloat16 (14.3e9 parameters); streaming keeps two of forty blocks on the device."""
+    assert abs(memory.dit_memory(WAN_14B, 1, torch.bfloat16)[0] / 1e9 - 28.8) < 0.5
+    whole, streamed, small, sharded = (memory.dit_memory(WAN_14B, CLIP, torch.bfloat16, **ways) for ways in (
+        {}, {"offload": True}, {"fp8": True}, {"ranks": 8, "shard": True}))
+    assert 33e9 < whole[0] < 40e9 and streamed[0] < 11e9 and 27e9 < streamed[1] < 31e9 and small[0] < 24e9
+    assert 7e9 < sharded[0] < 11e9 and abs(memory.dit_memory(WAN_1_3B, 1, torch.float32)[0] / 5.7e9 - 1) < 0.05
+    whole, streamed, sharded, two = (memory.training_memory(WAN_14B, CLIP, **way) for way in (
+        {}, dict(offload=True), dict(ranks=8, shard=True), dict(batch=2)))
+    assert abs(whole["weights"] / 28.95e9 - 1) < 0.01 and abs(whole["total"] / 72.2e9 - 1) < 0.01
+    assert streamed["host"] == whole["kept"] == 20 * streamed["kept"] and two["kept"] == 2 * whole["kept"]
+    assert sharded["weights"] < whole["weights"] / 5 and sharded["block"] == whole["block"]
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_training_memory_is_what_a_step_allocates(checkpoint):
+    """Kept and block, and a quarter of the adapters' bytes for their gradients, against the allocator's own events."""
+    model, z = WanDiT(MEASURED), torch.randn(1, 16, 4, 32, 48)
+    for name, p in model.named_parameters():
+        p.data = p.data.to(resident_dtype(name, torch.bfloat16))
+    dora.add_dora(model, 4, 4, MATRICES)
+    if checkpoint:
+        scale.checkpoint_blocks(model, Block)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        model(z, torch.tensor([500.0]), torch.randn(1, 8, 32)).square().mean().backward()
+    changes = [(e.start_ns(), e.nbytes()) for e in events.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = max(accumulate(size for _, size in sorted(changes)))
+    expected = memory.training_memory(MEASURED, 4 * 16 * 24, rank=4, checkpoint=checkpoint)
+    assert expected["adapters"] == 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert abs(peak / (expected["kept"] + expected["block"] + expected["adapters"] / 4) - 1) < 0.03
+
+
+# ---- kit/scale.py
+
+SMALL_INPUTS = {w: (named("scale.z", (2, 16, 3, 2, w)), torch.tensor([750.0, 20.0]), named("scale.context", (2, 7, 32)))
+                for w in (4, 6, 10)}        # 6, 9 and 15 tokens
+
+
+@cache
+def small_dit():
+    folder, config = Path(kept().name) / "small", DiTConfig(48, 96, 2, 3, text_dim=32, text_len=16)
+    folder.mkdir()
+    save_file(named_like(WanDiT(config)), folder / DIT_FILE)
+    (folder / "config.json").write_text(json.dumps(vars(config)))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_blocks_give_the_same_bits(dtype):
+    """Also in a second call, whose first block must not see what the first call left in the buffers."""
+    resident, streamed = load_dit(small_dit(), dtype=dtype), scale.load_scaled(small_dit(), dtype=dtype, offload=True)
+    with torch.no_grad():
+        assert all(torch.equal(streamed(*inputs), resident(*inputs)) for inputs in SMALL_INPUTS.values())
+    slots = {p.data_ptr() for slot in streamed.blocks.slots for p in slot.parameters()}
+    assert len(streamed.blocks.slots) == 2 and not slots & {p.data_ptr() for p in streamed.parameters()}
+
+
+def test_tensors_that_share_a_page_do_not_overlap():
+    pages = scale.PinnedPages(size=2048, pin=False)
+    kinds = [((3, 50), torch.float32), ((7,), torch.bfloat16), ((1000,), torch.float32), ((), torch.float32)]
+    tensors = [pages.empty(*kind).fill_(i) for i, kind in enumerate(kinds)]
+    assert all((x == i).all() and (x.shape, x.dtype) == kinds[i] for i, x in enumerate(tensors))
+    assert tensors[0].untyped_storage().data_ptr() == tensors[1].untyped_storage().data_ptr()
+
+
+def test_float8_is_close_and_one_byte():
+    """Rows of very different size keep their own scale; the result moves by a few percent, and streams bit for bit."""
+    weight = named("rows", (8, 64)) * 10.0 ** torch.arange(-4, 4)[:, None]
+    numbers, factors = scale.quantize(weight)
+    assert ((numbers.float() * factors - weight).norm(dim=1) / weight.norm(dim=1)).max() < 0.04
+    small, streamed = (scale.load_scaled(small_dit(), fp8=True, offload=offload) for offload in (False, True))
+    layers = [m for m in small.blocks.modules() if isinstance(m, scale.FP8Linear)]
+    assert len(layers) == 10 * 3 and all(m.weight.dtype == torch.float8_e4m3fn for m in layers)
+    assert not any(isinstance(m, nn.Linear) for m in small.blocks.modules()) and isinstance(small.head.head, nn.Linear)
+    with torch.no_grad():
+        v, got, same = (model(*SMALL_INPUTS[6]) for model in (load_dit(small_dit()), small, streamed))
+    assert 1e-4 < (got - v).norm() / v.norm() < 0.05 and torch.equal(same, got)
+
+
+TWO = """
+import sys, torch, generate
+from kit import command, scale
+rank, world, device = command.start_process_group()
+torch.set_num_threads(1)
+results, folder = dict(local=0), sys.argv[2]
+with torch.inference_mode():
+    for name, ways in dict(split={}, shard={'shard': True}, streamed={'offload': True}, float8={'fp8': True}).items():
+        dit = scale.load_scaled(sys.argv[1], **ways)
+        results |= {(name, w): dit(*inputs) for w, inputs in torch.load(folder + "/inputs.pt").items()}
+        results["local"] += sum(p.to_local().numel() for p in dit.parameters() if hasattr(p, "to_local"))
+torch.save(results, f"{folder}/rank{rank}.pt")
+generate.main(sys.argv[3:])
+"""
+
+
+def test_two_processes_equal_one(tmp_path, capfd):
+    """6 tokens, then 9 and 15, which two cannot halve; each process keeps half of the matrices when sharded."""
+    torch.save(SMALL_INPUTS, tmp_path / "inputs.pt")
+    flags = "--frames", 5, "--size", "32x16", "--seed", 1
+    launch(tmp_path, TWO, small_dit(), tmp_path, "ball", "--base", base(), "--out", tmp_path, *flags)
+    assert capfd.readouterr().out == f"{tmp_path / 'ball-1'}\n"                 # said once
+    (single,) = make("ball", tmp_path / "one", *flags)
+    for one, two in zip(read_rgba(single / "frames"), read_rgba(tmp_path / "ball-1" / "frames")):
+        assert np.abs(one.astype(int) - two).max() <= 1
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    with torch.no_grad():
+        for name, ways in dict(split={}, shard={}, streamed={}, float8={"fp8": True}).items():
+            one = scale.load_scaled(small_dit(), **ways)
+            for w, inputs in SMALL_INPUTS.items():
+                assert all((got[name, w] - one(*inputs)).abs().max() < 1e-5 for got in ranks), (name, w)
+    linear = [p for name, p in load_dit(small_dit()).blocks.named_parameters() if "norm" not in name and p.ndim < 3]
+    assert [got["local"] for got in ranks] == [sum(p.numel() for p in linear) // 2] * 2
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_checkpointed_blocks_keep_little_and_give_the_same_gradients(offload):
+    def gradients(checkpointed):
+        sizes, model = [], WanDiT(DIT_TINY)
+        dora.add_dora(model.requires_grad_(False), 2, 2, MATRICES)
+        model.load_state_dict(named_like(model))
+        if checkpointed:
+            scale.checkpoint_blocks(model, Block, offload)
+        inputs = named("z", (1, 16, 3, 4, 6)), torch.tensor([750.0]), named("context", (1, 7, 32))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+            y = model(*inputs)
+        y.square().sum().backward()
+        return sum(sizes), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    (plain, expected), (small, got) = gradients(False), gradients(True)
+    assert small < plain / 3 and expected.keys() == got.keys() and len(got) == 60
+    for name in expected:
+        assert (got[name] - expected[name]).abs().max() <= 1e-6 * max(1, expected[name].abs().max()), name
+
+
+# ---- trainings: the same steps however they are cut, stopped or shared
+
+SMALL = ["--size", "32", "--seed", "3", "--save-every", "2", "--log-every", "1", "--lr", "1e-3", "--muon"]
+RESULTS = {"vae-base": VAE_FILE, "dit-base": DIT_FILE, "vae-rgba": VAE_ADAPTER, "dit-rgba": DORA_FILE}
+
+
+def four_trainings(folder):
+    """name -> (main, arguments) of all trainings, four steps each at the smallest size: a whole checkpoint folder."""
+    data, out, cache = str(folder / "data"), str(folder / "base"), ["--cache", str(folder / "cache")]
+    clips.main([data, "--clips", "3", "--size", "32", "--frames", "5"])
+    transformer = ["--steps", "4", "--batch", "2", "--frames", "5", *cache]
+    sizes = ["--dim", "24", "--heads", "2", "--layers", "1", "--text-dim", "16", "--text-layers", "1", "--text-len", "48"]
+    both = ["--base", out, "--out", out]
+    return {"vae-base": (pretrain.main, ["vae", data, "--schedule", "2:1:16:2,2:5:32:2", "--dim", "8", *SMALL, "--out", out]),
+            "dit-base": (pretrain.main, ["dit", data, *transformer, *sizes, *SMALL, *both]),
+            "vae-rgba": (train_vae.main, [data, "--schedule", "4:5:32:2", "--rank", "2", "--perceptual", "0", *SMALL, *both]),
+            "dit-rgba": (train_dit.main, [data, *transformer, "--rank", "2", *SMALL, *both])}
+
+
+def curve(folder):
+    return [json.loads(row)["loss"] for row in (folder / "log.jsonl").open()]
+
+
+def test_all_four_trainings_resume_bit_for_bit(tmp_path, monkeypatch):
+    """Ended in the middle of step 3 and resumed, each run writes the same bytes as one that was never stopped."""
+    out, backward = tmp_path / "base", Run.backward
+    torch.set_num_threads(1)
+
+    def killed(self, losses):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        backward(self, losses)
+    for name, (main, arguments) in four_trainings(tmp_path).items():
+        main(arguments)
+        expected, losses = load_file(out / RESULTS[name]), curve(out / name)
+        shutil.rmtree(out / name)
+        (out / RESULTS[name]).unlink()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Run, "backward", killed)
+            main(arguments)
+        assert not (out / RESULTS[name]).exists() and (out / name / "checkpoint.pt").exists()
+        main([*arguments, "--resume"])
+        result = load_file(out / RESULTS[name])
+        assert result.keys() == expected.keys() and all(torch.equal(result[k], expected[k]) for k in expected), name
+        assert len(losses) == 4 and curve(out / name) == losses
+    adapter = load_file(out / VAE_ADAPTER)
+    assert adapter["vae_fgr.decoder.conv1.conv3D.lora_A.default.weight"].shape == (2, 16, 3, 3, 3)
+    assert "blocks.0.cross_attn.o.lora_magnitude_vector.default.weight" in load_file(out / DORA_FILE)
+
+
+@contextmanager
+def stop_after(step):
+    """As if SIGTERM had come in that step, counted from 1."""
+    update = Run.update
+
+    def caught(self, lr):
+        if self.step + 1 == step:
+            self.caught.append(signal.SIGTERM)
+        return update(self, lr)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "update", caught)
+        yield
+
+
+TWO_TRAIN = """
+import json, sys, torch
+from kit import pretrain
+from kit.command import end_process_group
+from kit.test_kit import stop_after, train_dit, train_vae
+torch.set_num_threads(1)
+for script in (train_vae, train_dit, pretrain):
+    script.end_process_group = lambda: None
+from kit import run
+run.end_process_group = lambda: None
+for name, arguments, stop in json.loads(sys.argv[1]):
+    script = pretrain if name.endswith("base") else dict(vae=train_vae, dit=train_dit)[name[:3]]
+    with stop_after(stop):
+        try:
+            script.main(arguments)
+        except SystemExit as left:
+            assert stop and left.code == 130
+end_process_group()
+"""
+
+
+def into(out, arguments):
+    arguments = list(arguments)
+    arguments[arguments.index("--out") + 1] = str(out)
+    return arguments
+
+
+def same_training(one, two, name):
+    for a, b in zip(curve(one / name), curve(two / name), strict=True):
+        assert abs(a - b) <= 1e-4 * abs(a), (name, a, b)
+    got, expected = load_file(two / RESULTS[name]), load_file(one / RESULTS[name])
+    assert all(torch.allclose(got[k], expected[k], atol=1e-3) for k in expected), name
+
+
+def test_processes_and_passes_train_as_one(tmp_path):
+    """All four trainings: two processes, and two passes a batch, give the loss curve of one from the same global batch,
+    and the same weights; sharded too. A run of two processes goes on in one, and back in two."""
+    commands, out = four_trainings(tmp_path), tmp_path / "base"
+    torch.set_num_threads(1)
+    for main, arguments in commands.values():
+        main(arguments)
+    two, back, passes = tmp_path / "two", tmp_path / "back", tmp_path / "passes"
+    jobs = [(name, into(two, arguments), 0) for name, (_, arguments) in commands.items()]
+    jobs[1][1][jobs[1][1].index("--base") + 1] = str(two)
+    jobs[-1][1].append("--shard")
+    main, moved = commands["dit-rgba"][0], into(back, commands["dit-rgba"][1])
+    launch(tmp_path, TWO_TRAIN, json.dumps([*jobs, ("dit-rgba", moved, 1)]))
+    with stop_after(3), pytest.raises(SystemExit):
+        main([*moved, "--resume"])
+    assert len(curve(back / "dit-rgba")) == 3 and not (back / DORA_FILE).exists()
+    launch(tmp_path, TWO_TRAIN, json.dumps([("dit-rgba", [*moved, "--resume", "--shard"], 0)]))
+    for name in ("vae-rgba", "dit-rgba"):
+        main, arguments = commands[name]
+        main([*into(passes, arguments), "--accumulate", "2"])
+        same_training(out, passes, name)
+    for name in RESULTS:
+        same_training(out, two, name)
+    same_training(out, back, "dit-rgba")
+
+
+# ---- one training, ended in many ways
+
+
+def a_training(folder, *flags, steps=30):
+    """A short DoRA training whose latents are in the cache: fit for being stopped."""
+    arguments = [str(folder / "data"), "--base", str(base()), "--out", str(folder / "out"), "--cache",
+                 str(folder / "cache"), "--steps", str(steps), "--batch", "2", "--rank", "2", "--size", "32", "--frames",
+                 "5", "--seed", "3", "--muon", "--save-every", "1", "--log-every", "1", "--lr", "1e-3", *flags]
+    if not (folder / "data").exists():
+        clips.main([str(folder / "data"), "--clips", "3", "--size", "32", "--frames", "5"])
+        encode(arguments)
+    return arguments
+
+
+def encode(arguments):
+    args = train_dit.make_parser().parse_args(arguments)
+    train_dit.settle(args)
+    dataset = open_data(args.data, args.size[::-1], args.frames, 0, keep_aspect=True)
+    return dataset, train_dit.encode_clips(args, dataset)
+
+
+@pytest.fixture
+def no_sheets(monkeypatch):
+    monkeypatch.setattr(train_dit, "draw_held_out", lambda *_: [])
+    monkeypatch.setattr(train_dit, "contact_sheet", lambda *_: None)
+
+
+def started(arguments):
+    """The training in a process of its own."""
+    torch.set_num_threads(1)
+
+    def work():
+        os.setpgrp()
+        sys.exit(run_command(lambda: train_dit.main(arguments), "train_dit.py"))
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def steps_done(out):
+    log = out / "dit-rgba/log.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.time() + seconds
+    while not condition() and process.is_alive() and time.time() < end:
+        time.sleep(0.002)
+
+
+def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path, no_sheets, kills=10, steps=30):
+    """SIGKILL at random moments: the checkpoint is always whole, and the end is that of an unbroken run.
+    `python -m kit.test_kit 200` kills 200 times."""
+    arguments, out, chance = a_training(tmp_path, steps=steps), tmp_path / "out", random.Random(0)
+    process = started(arguments)
+    process.join()
+    expected = load_file(out / DORA_FILE)
+    shutil.rmtree(out)
+    for _ in range(kills):
+        resume = ["--resume"] if (out / "dit-rgba/checkpoint.pt").exists() else []
+        wanted, process = steps_done(out) + chance.randint(1, 3), started([*arguments, *resume])
+        wait_for(lambda: steps_done(out) >= (wanted if resume else 1), process)
+        time.sleep(chance.uniform(0, 0.05))
+        assert process.is_alive(), "it ended before it was killed"
+        process.kill()
+        process.join()
+    assert not (out / DORA_FILE).exists()
+    process = started([*arguments, "--resume"])
+    process.join()
+    got, rows = load_file(out / DORA_FILE), [json.loads(row)["step"] for row in (out / "dit-rgba/log.jsonl").open()]
+    assert process.exitcode == 0 and rows == list(range(1, steps + 1))
+    assert all(torch.equal(got[k], expected[k]) for k in expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(number, tmp_path, no_sheets, capfd):
+    process = started(a_training(tmp_path, steps=500))
+    wait_for(lambda: steps_done(tmp_path / "out") >= 2, process)
+    os.killpg(process.pid, number)                                        # its workers too, as torchrun does
+    process.join(30)
+    saved = torch.load(tmp_path / "out/dit-rgba/checkpoint.pt", weights_only=True)
+    assert process.exitcode == 130 and saved["step"] == steps_done(tmp_path / "out") < 500
+    said = capfd.readouterr().err
+    assert f"stopped after step {saved['step']}" in said and "--resume" in said and "Traceback" not in said
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, no_sheets, monkeypatch):
+    arguments, replacing = a_training(tmp_path, steps=6), run.replacing
+
+    @contextmanager
+    def full(path):
+        if path.name == "checkpoint.pt" and steps_done(tmp_path / "out") == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        with replacing(path) as temporary:
+            yield temporary
+    monkeypatch.setattr(run, "replacing", full)
+    refuses(lambda: train_dit.main(arguments), "cannot write into", "No space left", "checkpoint.pt is the last good")
+    assert torch.load(tmp_path / "out/dit-rgba/checkpoint.pt", weights_only=True)["step"] == 3
+    monkeypatch.undo()
+    (tmp_path / "file").write_text("not a folder")
+    refuses(lambda: train_dit.main([*arguments, "--out", str(tmp_path / "file/out")]), "cannot write into")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, no_sheets, monkeypatch):
+    arguments, step, calls = a_training(tmp_path, "--workers", "0", steps=6), train_dit.flow_step, []
+
+    def broken(*args, **options):
+        calls.append(1)
+        factor = float("nan") if len(calls) == 4 else 1
+        return {name: value * factor for name, value in step(*args, **options).items()}
+    monkeypatch.setattr(train_dit, "flow_step", broken)
+    refuses(lambda: train_dit.main(arguments), "not finite at step 3, clips 0000", ".apng", "is the last good state")
+    saved = torch.load(tmp_path / "out/dit-rgba/checkpoint.pt", weights_only=True)
+    assert saved["step"] == 3 and all(bool(x.isfinite().all()) for x in saved["model"].values())
+    usual = [0.1] * 200
+    run.check_loss(4.9, 1.0, usual, 200, ["a"], Path("c.pt"))
+    run.check_loss(9.0, 1.0, usual[:50], 50, ["a"], Path("c.pt"))
+    refuses(lambda: run.check_loss(5.1, 1.0, usual, 200, ["a"], Path("c.pt")), "over 50 times its median 0.1 at step 200", "clips a")
+
+
+def test_resume_wants_the_same_run_and_a_new_one_a_new_folder(tmp_path, no_sheets):
+    arguments = a_training(tmp_path, steps=2)
+    refuses(lambda: train_dit.main([*arguments, "--resume"]), "checkpoint.pt to go on from")
+    train_dit.main(arguments)
+    said = (tmp_path / "out/dit-rgba/run.json").read_text()
+    refuses(lambda: train_dit.main(arguments), "holds a run already: --resume goes on")
+    for flags, named in ((["--lr", "2e-3"], "other lr:"), (["--mean", "0.1", "--seed", "4"], "other mean, seed:")):
+        refuses(lambda: train_dit.main([*arguments, *flags, "--resume"]), named, "--start")
+    refuses(lambda: train_dit.main([*arguments, "--out", str(tmp_path / "new"), "--start", __file__]), "not a checkpoint")
+    assert (tmp_path / "out/dit-rgba/run.json").read_text() == said
+    train_dit.main([*arguments, "--resume", "--workers", "2", "--save-every", "7"])       # it is finished: no step left
+    (tmp_path / "data/00002.apng").unlink()
+    refuses(lambda: train_dit.main([*arguments, "--resume"]), "other data")
+
+
+def test_summary_curves_and_record_are_written(tmp_path, no_sheets, capsys):
+    train_dit.main(a_training(tmp_path, "--lora", "--rank", "8", steps=3))       # matrices only: all for Muon
+    summary = json.loads((tmp_path / "out/dit-rgba/summary.json").read_text())
+    assert summary["steps"] == 3 and 0 <= summary["waited_for_data"] <= 1 and summary["peak_memory_gb"] > 0.1
+    assert iio.imread(tmp_path / "out/dit-rgba/curves.png").shape[2] == 3
+    assert "steps a second" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out/dit-rgba/run.json").read_text())
+    assert record["arguments"]["betas"] == [0.9, 0.999] and record["versions"]["processes"] == 1
+    assert {key.split(".")[-3] for key in load_file(tmp_path / "out" / DORA_FILE)} == {"lora_A", "lora_B"}
+
+
+def test_a_folder_of_mixed_aspects_trains_draws_and_survives_damaged_records(tmp_path):
+    for i, size in enumerate(((16, 32), (32, 16))):
+        clip = clips.procedural_clip(i, size, 1, two=0)
+        clips.write_rgba(tmp_path / f"data/{i}.webp", clip.rgb, clip.alpha)
+    arguments = [str(tmp_path / "data"), "--base", str(base()), "--out", str(tmp_path / "out"), "--cache",
+                 str(tmp_path / "cache"), "--size", "32x16", "--frames", "1", "--batch", "2", "--rank", "2", "--steps", "2",
+                 "--workers", "0"]
+    train_dit.main(arguments)
+    assert (tmp_path / "out" / DORA_FILE).exists() and (tmp_path / "out/dit-rgba/sheet-000002.png").exists()
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:-100])                        # cut: made again
+    (tmp_path / "data/.checked.json").write_text('[1, {"name": 2}')
+    with (tmp_path / "out/dit-rgba/log.jsonl").open("a") as log:
+        log.write('{"step": 3, "los')
+    train_dit.main([*arguments, "--resume"])
+    assert all(load_file(file).keys() == {"z", "mask", "context"} for file in (tmp_path / "cache").iterdir())
+
+
+# ---- parts of a run
+
+
+class Draw:
+    """A batch that shows which samples it is made of."""
+
+    def __call__(self, step, generators):
+        if step == 5:
+            raise ValueError("clip.mov cannot be read")
+        return dict(step=step, x=torch.stack([torch.rand((), generator=generator) for generator in generators]))
+
+
+def run_flags(**changed):
+    """The defaults of the flags that all trainings share."""
+    parser = Parser()
+    run.add_run_flags(parser)
+    return Namespace(**vars(parser.parse_args([])) | dict(device="cpu") | changed)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_bring_batches_in_order_and_errors_as_they_are(workers):
+    args = run_flags(workers=workers, seed=1)
+    batches = load_batches(run.Batches(Draw(), [2] * 8, args), range(2, 8), args)
+    for step in (2, 3, 4):
+        (batch,) = next(batches)
+        fresh = [sample_generator(1, step, index) for index in range(2)]
+        assert batch["step"] == step and torch.equal(batch["x"], torch.stack([torch.rand((), generator=g) for g in fresh]))
+        later = [torch.rand((), generator=g) for g in batch["generators"]]      # they travelled, and go on
+        assert later == [torch.rand((), generator=g) for g in fresh]
+    refuses(lambda: next(batches), "clip.mov cannot be read (the run stopped there; --resume")
+
+
+def test_every_sample_has_random_numbers_of_its_own():
+    seen = {sample_generator(seed, step, i).initial_seed() for seed in (0, 1) for step in range(50) for i in range(-1, 40)}
+    assert len(seen) == 2 * 50 * 41 and max(seen) < 2 ** 32                 # what torch's generator takes of a seed
+    assert [list(part) for rank in range(2) for part in shares(12, rank, 2, 3)] == [[k, k + 1] for k in range(0, 12, 2)]
+    refuses(lambda: shares(10, 0, 2, 2), "batch of 10 cannot be cut into 4 equal parts")
+
+
+def test_muon_moves_kernels_as_matrices_b_takes_larger_steps_and_the_rate_falls():
+    shapes = (16, 2, 3, 3), (16, 18)
+    kernel, matrix = (nn.Parameter(named("kernel", shapes[0]).reshape(shape)) for shape in shapes)
+    for p in (kernel, matrix):
+        _, muon = run.make_optimizers(nn.ParameterList([p, nn.Parameter(torch.ones(1))]), run_flags(lr=0.1, muon=True))
+        (p * named("slope", (16, 18)).reshape(p.shape)).sum().backward()
+        muon.step()
+    assert torch.equal(kernel.flatten(1), matrix) and not torch.equal(matrix, named("kernel", (16, 2, 3, 3)).flatten(1))
+    (adamw,) = run.make_optimizers(add_dora(nn.Sequential(nn.Linear(3, 3)), 2, 2, ".*"), run_flags(lora_plus=16.0))
+    assert {group["scale"]: [len(p) for p in group["params"]] for group in adamw.param_groups} == {1: [2, 3], 16: [3]}
+    rates = [run.learning_rate(step, 100, 2.0, warmup=10) for step in range(100)]
+    assert rates[0] == 0.2 and max(rates) == rates[9] and 0 < rates[-1] < 0.05 and rates[10:] == sorted(rates[10:])[::-1]
+
+
+def test_times_are_float32_under_autocast():
+    """The base transformer computes in bfloat16, which knows no difference between the times 999 and 1000."""
+    model, seen = WanDiT(DIT_TINY), []
+    model.load_state_dict(named_like(model))
+    pretrain.keep_float32(model.time_embedding, model.time_projection, model.head.head)
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    inputs = named("z", (1, 16, 1, 2, 2)), torch.tensor([999.0]), named("context", (1, 3, 32))
+    with torch.no_grad():
+        model(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(*inputs).dtype == torch.float32
+    assert seen[0].dtype == seen[1].dtype == torch.float32 and torch.equal(*seen)
+
+
+def test_renders_of_one_clip_are_all_held_out_or_none(tmp_path):
+    clips.main([str(tmp_path / "data"), "--clips", "20", "--size", "16", "--frames", "1"])
+    dataset = open_data(tmp_path / "data", 16, 1, 0)
+    args = Namespace(base=base(), device="cpu", bf16=False, cache=str(tmp_path / "cache"))
+    files, captions, training = pretrain.encode_renders(args, dataset)
+    assert len(files) == len(captions) > 20 and len({*files}) == len(files)
+    renders = 2 if "transparent" in dataset.caption(19) else 1
+    assert dataset.training == 19 and training == len(files) - renders
+
+
+def test_a_cached_context_depends_on_the_length_that_prompts_are_cut_to(tmp_path, monkeypatch):
+    """And decoded clips are let go before the training begins."""
+    folder = shutil.copytree(base(), tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    arguments = [*a_training(tmp_path), "--base", str(folder)]
+    found = []
+    for length in (32, 5):
+        (folder / "config.json").write_text(json.dumps(config | dict(text_len=length)))
+        dataset, files = encode(arguments)
+        found.append([len(load_file(file)["context"]) for file in files])
+        assert not dataset.kept
+    assert min(found[0]) > 5 and max(found[1]) == 5
+
+
+# ---- curves
+
+
+def curve_pixels(path):
+    """y, x of the curve's pixels."""
+    return np.nonzero((iio.imread(path) == curves.CURVE).all(-1))
+
+
+def test_curves_have_a_panel_for_each_scalar_rise_and_leave_gaps(tmp_path):
+    file = tmp_path / "curves.png"
+    for n, shape in ((1, (200, 360, 3)), (8, (600, 1080, 3))):
+        curves.draw_curves(file, [{"step": step, "seconds": 1.0} | {f"x{i}": step for i in range(n)} for step in (50, 100)])
+        assert iio.imread(file).shape == shape
+    for values in (range(-4, 4), [10.0 ** i for i in range(8)]):                    # decades on a log axis
+        curves.draw_curves(file, [dict(step=i, loss=value) for i, value in enumerate(values)])
+        y, x = curve_pixels(file)
+        top = np.array([y[x == column].min() for column in np.unique(x)])
+        assert np.ptp(x) > 250 and np.abs(top - np.linspace(top[0], top[-1], len(top))).max() < 3 < top[0] - top[-1]
+    curves.draw_curves(file, [dict(step=i, loss=np.nan if i == 4 else 1 + i % 2) for i in range(9)] + [dict(step=9)])
+    columns = np.unique(curve_pixels(file)[1])
+    assert (np.diff(columns) > 20).sum() == 1 and columns[-1] < 330
+    curves.draw_curves(file, [dict(step=1, loss=0.5, tabd=np.nan)])
+    assert len(curve_pixels(file)[0]) > 0                                           # one row is a dot
+
+
+# ---- wrong input of the trainings
+
+VAE_WRONG = [("nowhere", "--schedule", "9:5:32:2", "nowhere"), ("data",), ("{data}", "--schedule", "10:4:32:2", "4k+1"),
+             ("{data}", "--schedule", "-1:5:32:2", "--schedule"), ("{data}", "--schedule", "9:5:8:2", "16 on"),
+             ("{data}", "--schedule", "9:5:24:2", "multiples of 16"), ("{data}", "--base", "nowhere", "nowhere"),
+             ("{data}", "--schedule", "9:5:32:2", "--vgg", "nowhere.pth", "nowhere.pth"),
+             ("{data}", "--schedule", "9:5:64:2", "--size", "32", "--size 32"), ("{data}", "--size", "40", "--size 40"),
+             ("{data}", "--schedule", "9:5:32:1", "--tabd-clamp", "1", "-1", "lower bound"),
+             ("{data}", "--schedule", "9:5:32:3", "--accumulate", "2", "multiple of that"),
+             ("{data}", "--device", "cuda:99", "cuda:99")]
+DIT_WRONG = [("{data}", "--frames", "16", "4k+1"), ("{data}", "--size", "30x32", "30x32"), ("{data}", "--base", "nowhere", "nowhere"),
+             ("{data}", "--vae-adapter", "nowhere.bin", "nowhere.bin")]
+PRE_WRONG = [("dit", "{data}", "--base", "{data}", "--dim", "50", "--dim 50"), ("dit", "{data}", "--frames", "16", "4k+1"),
+             ("vae", "{data}", "--out", "{out}", "--schedule", "1:1:16:1", "--start", "{data}/00000.apng", "00000.apng"),
+             ("vae", "{data}", "--out", "{out}", "--size", "32", "--size 32"), ("other", "invalid choice")]
+FLAGS = [("--lr", "nan"), ("--lr", "0"), ("--clip", "-1"), ("--betas", "2", "2"), ("--workers", "-1"), ("--warmup", "0"),
+         ("--accumulate", "0"), ("--seed", "-1"), ("--lora-plus", "0"), ("--weight-decay", "inf"), ("--size", "0")]
+
+
+def test_trainings_refuse_wrong_input_in_one_sentence(tmp_path):
+    clips.main([str(tmp_path / "data"), "--clips", "1", "--size", "32", "--frames", "5"])
+    places = dict(data=tmp_path / "data", out=tmp_path / "out")
+    for script, rows in ((train_vae, VAE_WRONG), (train_dit, DIT_WRONG), (pretrain, PRE_WRONG)):
+        for *arguments, word in rows:
+            refuses(lambda: script.main([argument.format(**places) for argument in arguments]), word)
+    for script in (train_vae, train_dit):
+        for flag, *values in FLAGS:
+            refuses(lambda: script.main(["data", flag, *values]), f"argument {flag}", "is not")
+        refuses(lambda: script.main([]), "data")
+
+
+@pytest.mark.parametrize("section", [dict(size=64), dict(frames="17"), dict(size=[64, "64"]), 5])
+def test_a_wrong_section_of_config_json_is_one_sentence_for_training_too(section, tmp_path):
+    folder = shutil.copytree(base(), tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(generate=section)))
+    refuses(lambda: train_dit.main([str(tmp_path), "--base", str(folder)]), "config.json", "generate")
+
+
+def test_a_command_ends_with_the_right_words(capsys):
+    def ends(error):
+        def main():
+            raise error
+        return run_command(main, "name"), capsys.readouterr().err
+    assert ends(ValueError("two\nlines")) == (2, "name: two lines\n") and ends(KeyboardInterrupt()) == (130, "name: stopped\n")
+    for text in ("CUDA out of memory. Tried to allocate", "DefaultCPUAllocator: can't allocate memory: you tried"):
+        code, said = ends(RuntimeError(text))
+        assert code == 2 and "not enough memory" in said
+    for error in (RuntimeError("CUDA error: an illegal memory access was encountered"), KeyError("bug")):
+        with pytest.raises(type(error)):                                            # a bug keeps its traceback
+            ends(error)
+
+
+# ---- wrong input of the method: files, adapters, sizes
+
+
+class Opens:
+    """In a pickle: code that would make a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, (os.environ["TRAP"],)
+
+
+def test_checkpoints_are_plain_tensors_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
+    a = torch.ones(40, 50)
+    for name, content in dict(number={"step": 3}, list=[a], code={"a": a, "x": Opens()}).items():
+        torch.save(content, tmp_path / f"{name}.pth")
+    (tmp_path / "old_code.pth").write_bytes(pickle.dumps({"x": Opens()}, 2))
+    for save, good in ((torch.save, tmp_path / "good.bin"), (save_file, tmp_path / "good.safetensors")):
+        save({"a": a}, good)
+        whole = good.read_bytes()
+        assert torch.equal(Checkpoint(good).read()["a"], a)
+        for name, content in dict(cut=whole[:len(whole) // 2], empty=b"", image=b"\x89PNG" + whole).items():
+            good.with_stem(name).write_bytes(content)
+    for file in [file for file in tmp_path.iterdir() if file.stem != "good"]:
+        refuses(lambda: Checkpoint(file).read(), file, errors=ValueError)
+    assert not (tmp_path / "sprung").exists()
+    refuses(lambda: Checkpoint(tmp_path / "gone.bin"), tmp_path / "gone.bin", errors=FileNotFoundError)
+
+
+ONE, RGB, ALPHA = torch.ones(1), torch.zeros(1, 3, 9, 16, 16), torch.zeros(1, 1, 9, 16, 16)
+WRONG_CONFIGS, INDEX, LAST = "config.json", f"{DIT_FILE}.index.json", "diffusion_pytorch_model-00002-of-00002.safetensors"
+NUMBERS = dict(num_heads=[0, 5, 16, True], dim=["48"], text_len=[None], ffn_dim=[-1], num_layers=[2.0], eps=["1e-6", 0])
+Q = "blocks.0.self_attn.q"
+A, B, M = (f"{Q}.lora_{part}.default.weight" for part in ("A", "B", "magnitude_vector"))
+
+
+def without(state, key):
+    return {name: tensor for name, tensor in state.items() if key not in name}
+
+
+@pytest.mark.parametrize("place, lost, extra, word", [
+    (0, "conv1.bias", "extra", "conv1.bias"), (0, "conv1.bias", "extra", "extra"), (1, "vae_pha", "vgg", "vae_pha"),
+    (1, "-", "surprise.weight", "surprise.weight"), (1, "-", "vae_fgr.no.lora_A.weight", "no.lora_A.weight"),
+    *[(1, f"block.{name}", "vgg", f"block.{name}") for name in ("conv1.weight", "head.2.weight", "head.0.gamma")]])
+def test_vae_files_that_do_not_fit_name_their_keys(place, lost, extra, word, tmp_path):
+    files = rgba_files()[:2]
+    torch.save(without(torch.load(files[place]), lost) | {extra: ONE}, tmp_path / "bad.bin")
+    files[place] = tmp_path / "bad.bin"
+    for device in ("cpu", "meta"):
+        refuses(lambda: load_rgba_vae(*files, device=device), files[place], word, errors=ValueError)
+
+
+@pytest.mark.parametrize("key, shape, complaint", [
+    ("blocks.7.self_attn.q.lora_A.weight", [4, 48], "no target"), (f"{Q}.lora_C.weight", [4, 48], "no target"),
+    ("blocks.0.norm3.alpha", [], "without"), (f"{Q}.dora_scale", [1, 48], "LyCORIS"),
+    (f"{Q}.lora_A.weight", [4, 48], A), ("blocks.0.norm3.diff", [49], "(49,), not (48,)"),
+    (A, [4, 47], "(4, 47), not (4, 48)"), (B, [48, 5], "(48, 5), not (48, 4)"), (M, [1, 48], "(1, 48), not (48,)")])
+def test_dora_key_without_target_is_refused(key, shape, complaint):
+    state, adapter = tiny_dit().state_dict(), dora_file()
+    refuses(lambda: merge_adapter(state, adapter | {key: torch.ones(shape)}), key, complaint, errors=ValueError)
+    refuses(lambda: merge_adapter(state, without(adapter, A)), B, "without", errors=ValueError)
+
+
+def test_adapted_layers_take_their_own_adapter_alone():
+    layer = add_dora(nn.ModuleDict({"q": nn.Linear(4, 6)}), 2, 2, ["q"])
+    state, key = adapter_state(layer), "q.lora_A.default.weight"
+    for change in ({"q.lora_A.weight": state[key]}, {"v.lora_A.weight": ONE}, {key: ONE}):
+        refuses(lambda: load_adapter_state(layer, state | change), "lora_A", errors=ValueError)
+    refuses(lambda: load_adapter_state(layer, without(state, key)), key, errors=ValueError)
+    for targets, rank, word in ((["q"], 2, "already"), ("qq", 2, "qq"), (["q", "fnn.0"], 2, "fnn"), (["q"], 0, "rank")):
+        refuses(lambda: add_lora(layer, rank, 2, targets), word, errors=ValueError)
+
+
+def test_dit_files_that_do_not_fit_list_ten_keys(tmp_path):
+    state, file, odd = tiny_dit().state_dict(), tmp_path / "other.safetensors", tmp_path / "odd"
+    save_file({f"blocks.{i}.self_attn.q.diff_b": torch.zeros(48) for i in range(1, 40)}, file)
+    sentence = refuses(lambda: load_dit(dit_folder(tmp_path / "tiny"), [(file, 1.0)]), file, "28 more")
+    assert sentence.count("diff_b") == 10
+    many = dit_folder(tmp_path / "many", state | {f"extra.{i}": torch.zeros(1) for i in range(30)})
+    assert refuses(lambda: load_dit(many), many, "20 more").count("extra.") == 10
+    dit_folder(odd, without(state, "blocks.0.ffn.0.weight") | {"img.weight": ONE, "head.modulation": torch.ones(2, 40)})
+    refuses(lambda: load_dit(odd), odd, "blocks.0.ffn.0.weight", "img.weight", "(2, 40)", "(1, 2, 48)")
+    refuses(lambda: load_dit(file), file, "not a Wan DiT", errors=ValueError)
+    for path in (tmp_path / "no.safetensors", tmp_path):
+        refuses(lambda: load_dit(path), path, errors=FileNotFoundError)
+
+
+@pytest.mark.parametrize("name, content", [
+    (LAST, None), (LAST, b""), (LAST, b"<!doctype html>" * 9), (INDEX, b"[1, 2"), (INDEX, b'{"weight_map": []}'),
+    (WRONG_CONFIGS, b"{"), (WRONG_CONFIGS, None), *[(WRONG_CONFIGS, {key: value}) for key in NUMBERS for value in NUMBERS[key]]])
+def test_dit_folder_with_a_wrong_file_names_it(name, content, tmp_path):
+    file, said = dit_folder(tmp_path / "tiny", shards=2) / name, json.loads((tmp_path / "tiny/config.json").read_text())
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else json.dumps(said | content).encode())
+    refuses(lambda: load_dit(tmp_path / "tiny"), file, *(content if isinstance(content, dict) else ()))
+
+
+@pytest.mark.parametrize("call, word", [
+    (lambda: tiny_vae().encode(RGB[:, :, :8]), "4k+1"), (lambda: tiny_vae().encode(RGB, chunk=6), "6"),
+    (lambda: tiny_vae().encode(RGB[..., :12]), "divisible by 8"),
+    (lambda: tiny_rgba(tiny_vae()).encode(RGB, ALPHA[:, :, :1]), "(1, 1, 1, 16, 16)"),
+    (lambda: load_rgba_vae(*rgba_files()[::2]).encode(RGB, ALPHA), "decoders only"),
+    (lambda: load_rgba_vae(rgba_files()[0], rgba_files()), "3"),
+    (lambda: load_rgba_vae(rgba_files()[0], rgba_files()[:2]), "VAE.bin"),
+    (lambda: load_rgba_vae(rgba_files()[0], rgba_files()[0]), "RGB first"),
+    (lambda: load_rgba_vae(*rgba_files()[1:]), "VAE.bin is not a Wan VAE"),
+    (lambda: tiny_dit()(*dit_inputs()[:2], torch.zeros(1, 17, 32)), "16 text tokens"),
+    (lambda: tiny_dit()(torch.zeros(1, 16, 3, 4, 5), *dit_inputs()[1:]), "(3, 4, 5)")])
+def test_calls_with_wrong_input_are_refused(call, word):
+    refuses(call, word, errors=ValueError)
+
+
+# ---- wrong input of text, losses, sampler
+
+TOKENIZER, CONFIG = "google/umt5-xxl/tokenizer.json", "config.json"
+TEXT_LEN = ["9", 0, -1, 2.5, True, None]
+
+
+def text_folder(folder):
+    (folder / TOKENIZER).parent.mkdir(parents=True)
+    for name in (TEXT_FILE, TOKENIZER, CONFIG):
+        shutil.copy(base() / name, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name, spoil", [
+    (TEXT_FILE, lambda whole: whole[:-500]), (TEXT_FILE, lambda whole: b""), (TOKENIZER, lambda whole: whole[:-40]),
+    (TOKENIZER, lambda whole: b"{}"), (TOKENIZER, lambda whole: whole.replace(b"<pad>", b"<nix>")),
+    (CONFIG, lambda whole: b"{"), (CONFIG, lambda whole: b"[1]"),
+    *[(CONFIG, lambda whole, value=value: json.dumps({"text_len": value}).encode()) for value in TEXT_LEN]])
+def test_text_encoder_names_the_file_that_is_wrong_or_missing(tmp_path, name, spoil):
+    file = text_folder(tmp_path / "base") / name
+    file.write_bytes(spoil(file.read_bytes()))
+    refuses(lambda: load_text_encoder(tmp_path / "base"), file, errors=ValueError)
+    if name != CONFIG:
+        file.unlink()
+        refuses(lambda: load_text_encoder(tmp_path / "base"), file.with_suffix(""), errors=FileNotFoundError)
+
+
+def test_text_encoder_lists_the_tensors_that_do_not_fit(tmp_path):
+    folder = text_folder(tmp_path / "base")
+    state, q = load_file(folder / TEXT_FILE), "blocks.0.attn.q.weight"
+    make_tokenizer([f"word{i}" for i in range(99)]).save(str(folder / TOKENIZER))
+    refuses(lambda: load_text_encoder(folder), folder, "more tokens")
+    for foreign in ({"conv1.weight": torch.zeros(3)}, state | {q: torch.zeros(3)}):
+        save_file(foreign, folder / TEXT_FILE)
+        refuses(lambda: load_text_encoder(folder), TEXT_FILE, "not a umT5 encoder")
+    save_file(state | {"norm.weight": torch.ones(31), "lm_head.weight": torch.ones(1)}, folder / TEXT_FILE)
+    refuses(lambda: load_text_encoder(folder), TEXT_FILE, "norm.weight is (31,)", "lm_head.weight is (1,)")
+
+
+FLAT = {f"features.{i}.{part}": torch.zeros(3) for i in (0, 2, 5, 7) for part in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("content", [{"classifier.6.bias": torch.zeros(9)}, FLAT, [1, 2]])
+def test_vgg_of_another_file_says_how_to_do_without(tmp_path, content):
+    torch.save(content, tmp_path / "vgg.pth")
+    refuses(lambda: VGG(tmp_path / "vgg.pth"), tmp_path / "vgg.pth", "--perceptual 0", errors=ValueError)
+    refuses(lambda: VGG(tmp_path / "none.pth"), tmp_path / "none.pth", "--perceptual 0", errors=FileNotFoundError)
+
+
+@pytest.mark.parametrize("size", [(8, 64, 96), (9, 60, 96), (9, 64, 90), (0, 64, 96)])
+def test_masks_are_of_whole_cells(tmp_path, size):
+    torch.save(torch.ones(3, 8, 12), tmp_path / "mask")
+    refuses(lambda: gaussian_mask(torch.ones(size)), "4k+1", "multiples of 8")
+    refuses(lambda: tabd_mask(torch.ones(1, 1, *size)), "4k+1", "multiples of 8")
+    for spec in (None, str(tmp_path / "mask")):
+        refuses(lambda: load_mask(spec, *size), "4k+1", "multiples of 8")
+
+
+@pytest.mark.parametrize("text, word", [
+    *[(text, "neither") for text in ("", "0.5,0.5,0.4", "1,2,3,4,5,6", "clip.webm", "a" * 999)],
+    ("0.5,0.5,0,0.4", "half axes"), ("0.5,0.5,nan,0.4", "finite"), ("0.5,0.5,1,1; 0.2,0.5,1,1", "rise"),
+    ("0:0.5,0.5,1,1; 2:0.5,0.5,1,1", "rise"), ("-1:0.5,0.5,1,1", "rise")])
+def test_wrong_ellipses_get_one_sentence(text, word):
+    refuses(lambda: load_mask(text, 17, 64, 96), word)
+    refuses(lambda: ellipse_mask(17, 64, 96, [(0.5, 0.5, 0.4, 0.4)]), "half axes")
+
+
+RISING = torch.linspace(-1, 1, 96).view(1, 8, 12)
+
+
+@pytest.mark.parametrize("mask, word", [
+    (0 * RISING, "empty"), (RISING * math.nan, "nan"), (2 * RISING.abs(), "to 2"), (RISING, "-1"),
+    (RISING[:0], "(0, 8, 12)"), (RISING[0], "(8, 12)"), ({}, "NoneType"), ([1.0], "mask.png"), ("text", "mask.png")])
+def test_wrong_saved_masks_get_one_sentence(tmp_path, mask, word):
+    torch.save(mask, tmp_path / "mask.png")
+    refuses(lambda: load_mask(str(tmp_path / "mask.png"), 9, 64, 96), word)
+    refuses(lambda: mask_from_alpha(torch.zeros(9, 64, 96), 17, 64, 96), "empty")
