@@ -39,7 +39,7 @@ from tqdm import tqdm
 from dit import open_dit
 from kit.command import (Parser, check_device, end_process_group, from_first, number, pixels, positive, run_command,
                          start_process_group)
-from kit.files import find_text, find_vae, read_section
+from kit.files import TINY, find_text, find_vae, read_section
 from kit.media import MEDIA, read_rgba, write_rgba
 from kit.memory import check_memory, choose_chunk, latent_size
 from kit.result import check_names, check_out, folder_name, hash_weights, media, result_folder, save_record, told
@@ -361,7 +361,7 @@ def make_parser() -> Parser:
           "with alpha or a matte; a saved tensor (t,h,w) of 0 to 1 [a centred circle]")
     where("--mean", type=finite, metavar="MU", help="mean of the noise outside the mask; 0 for Wan-Alpha v1 (0.05)")
     weights = parser.add_argument_group("weights").add_argument
-    weights("--base", default=Path(__file__).with_name("tiny"), metavar="DIR",
+    weights("--base", default=TINY, metavar="DIR",
             help="checkpoint folder laid out like Wan2.1-T2V-14B or Wan2.2-T2V-A14B [tiny, beside generate.py]")
     weights("--vae-adapter", nargs="+", metavar="FILE", help="Wan-Alpha's decoder.bin or *-VAE.bin, or what "
             "train_vae.py wrote; or two merged decoders, of colour and of alpha")

@@ -25,7 +25,7 @@ from kit.batches import draw_latents, encoded, of_one_shape
 from kit.command import Parser, end_process_group, is_first, number, pixels, positive, run_command
 from kit.data import open_data
 from kit.evaluate import held_out_mse, sample
-from kit.files import (cache_key, file_key, find_adapter, find_text, find_tokenizer, find_vae, read_section,
+from kit.files import (TINY, cache_key, file_key, find_adapter, find_text, find_tokenizer, find_vae, read_section,
                        save_tensors, stored)
 from kit.media import contact_sheet, to_video
 from kit.run import Run, add_run_flags, begin, finish, learning_rate
@@ -35,7 +35,6 @@ from merge import load_rgba_vae
 from sampler import flow_target, gaussian_mask, interpolate, sample_noise, sample_sigma, shift_noise
 from text import load_text_encoder, read_text_len
 
-TINY = Path(__file__).parent / "tiny"
 TARGETS = ["q", "k", "v", "o", "ffn.0", "ffn.2"]       # of every block, both attentions
 CHUNK = 16                  # frames encoded at a time: bounds memory, changes no result
 

@@ -24,7 +24,7 @@ from kit.batches import batch_sizes, draw_clips, parse_schedule
 from kit.command import Parser, end_process_group, number, positive, run_command
 from kit.data import open_data
 from kit.evaluate import evaluate_vae, load_judge, mean_scores, reconstruct
-from kit.files import find_vae, save_tensors, stored
+from kit.files import TINY, find_vae, save_tensors, stored
 from kit.media import contact_sheet
 from kit.run import Run, add_run_flags, begin, finish, is_first, learning_rate
 from kit.scale import prepare_blocks
@@ -32,8 +32,6 @@ from losses import VGG, random_colors, raw_loss, rgba_loss, tabd_loss, tabd_mask
 from merge import FeatureMerge, RGBAVAE
 from sampler import flow_target, interpolate, sample_noise, sample_sigma
 from vae import ResidualBlock, load_vae
-
-TINY = Path(__file__).parent / "tiny"
 
 
 def rgba_step(rgba: RGBAVAE, rgb, alpha, generators, vgg=None, perceptual=0.0, tabd=0.0, tabd_clamp=(-1, 1), dit=None,

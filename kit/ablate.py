@@ -19,7 +19,8 @@ from kit.files import read_json
 ROOT = Path(__file__).parent.parent
 LOOP = "{out}/data --muon --bf16 --warmup 50 --workers 1 --save-every 10000 --seed {seed} --device cpu --out {run}"
 COMMANDS = {                                    # a training, but for its loop, and its evaluation
-    "vae": ("train_vae.py --perceptual 0 --rank 16 --lr 1e-3 --lora-plus 16 --size 64 --schedule 250:1:48:16,150:5:48:6",
+    "vae": ("train_vae.py --perceptual 0 --rank 16 --lr 1e-3 --lora-plus 16 --size 64 "
+            "--schedule 250:1:48:16,150:5:48:6",
             "-m kit.evaluate vae --clips 24 --device cpu --out {run} --vae-adapter {run}/Wan-Alpha-v2-VAE.safetensors"),
     "dit": ("train_dit.py --cache {out}/cache --rank 24 --lr 2e-3 --lora-plus 4 --unweighted --steps 600 --batch 16",
             "-m kit.evaluate dit --prompts 60 --brief --device cpu --out {run} --dora {run}/t2v.safetensors --steps")}

@@ -137,7 +137,7 @@ def distance(shape, u, v):
 
 
 def trajectory(rng, motion, frames, width, radius, pad):
-    """Centre (x, y), in frame heights, and scale (x, y), each (2, t). The object, `pad` around it, stays in the frame."""
+    """Centre, in frame heights, and scale, (2, t) each, x and y. The object, `pad` around it, stays in the frame."""
     s = np.linspace(0, 1, frames) if frames > 1 else np.array([0.5])
     jitter = rng.uniform(-0.08, 0.08, 2)
     amount, phase, direction = rng.uniform(0.42, 0.48), rng.uniform(-1, 1), rng.choice([-1, 1])

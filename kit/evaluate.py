@@ -1,18 +1,16 @@
 """What a trained model scores.
 
     python -m kit.evaluate vae                  # PSNR and SSIM of unseen procedural clips through the autoencoder
-    python -m kit.evaluate vae data/            # of a folder of clips of your own
+    python -m kit.evaluate vae data/            # of a folder of clips of your own, or with --frames 1 of pictures
     python -m kit.evaluate dit                  # does the transformer show what 200 unseen prompts name?
 
 Tables on stdout; in --out eval.json, and to look at the first eight clips, each beside its target, as eval/, or the
-clips of the first ten prompts as eval.png.
-Noise depends on --seed and a clip's number alone, so that scores can be compared. The trainings use much of this too.
-dtype rule: float32; with --bf16 the frozen transformer, for the loss on cells, is held in bfloat16.
+clips of the first ten prompts as eval.png. Noise depends on --seed and a clip's number alone: scores can be compared.
+dtype rule: float32 throughout.
 """
 import sys
 from collections import Counter
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +18,10 @@ import torch
 from tqdm import tqdm
 
 from dit import load_dit
-from kit.clips import COLORS, MATERIALS, MOTIONS, SHAPES, caption_of, held_out, procedural_clip
+from kit.clips import COMBINATIONS, caption_of, held_out, procedural_clip
 from kit.command import Parser, check_device, number, pixels, positive, run_command, whole
 from kit.data import RGBADataset
-from kit.files import find_adapter, find_vae, read_checkpoint, read_section, save_json
+from kit.files import TINY, find_adapter, find_dit, find_vae, read_checkpoint, read_section, save_json
 from kit.media import contact_sheet, to_clip, to_video, write_rgba
 from kit.score import compare_clips, mean_scores, print_scores, score_by, score_clip, score_table, shares_of
 from losses import tabd_mask
@@ -33,6 +31,7 @@ from text import load_text_encoder
 
 CHUNK = 4               # latent frames decoded at a time: bounds memory, changes no result
 BATCH = 20              # prompts at a time
+USUAL = dict(vae=dict(size=[64, 64], frames=17), dit=dict(size=[640, 624], frames=81, mean=0.05, shift=5.0))
 
 
 def eval_generator(seed: int, i: int) -> torch.Generator:
@@ -68,19 +67,19 @@ def load_judge(base, dtype=torch.float32, device="cpu") -> dict:
 def cell_losses(rgba, dit, empty, clips, naive=False) -> dict:
     """(v_hat - v)^2 of the frozen base transformer without a prompt, over the opaque and over the transparent latent
     cells of uint8 clips: the mean of the times 250, 500, 750. L_TABD is to pull them apart."""
-    device, opaque, transparent = empty.device, [], []
+    device, errors, masks = empty.device, [], []
     sigma = torch.tensor([0.25, 0.5, 0.75], device=device)
     for i, clip in enumerate(tqdm(clips, desc="cells")):
         rgb, alpha = (x.to(device) for x in to_video(*clip))
-        z, mask = rgba.encode(rgb, alpha, None if naive else WHITE), tabd_mask(alpha)[0, 0]
+        z = rgba.encode(rgb, alpha, None if naive else WHITE)
         noise = torch.randn(3, *z.shape[1:], generator=eval_generator(0, i)).to(device)
         z = z.expand_as(noise)
         v_hat = dit(interpolate(z, noise, sigma), 1000 * sigma, [empty] * 3)
-        error = (v_hat - flow_target(z, noise)).square().mean((0, 1))
-        opaque.append(error[mask == 1])
-        transparent.append(error[mask == -1])
-    found = dict(opaque=torch.cat(opaque), transparent=torch.cat(transparent))
-    return {name: float(errors.mean()) if len(errors) else None for name, errors in found.items()}
+        errors.append((v_hat - flow_target(z, noise)).square().mean((0, 1)).flatten())
+        masks.append(tabd_mask(alpha).flatten())
+    errors, masks = torch.cat(errors), torch.cat(masks)
+    found = dict(opaque=errors[masks == 1], transparent=errors[masks == -1])
+    return {name: float(error.mean()) if len(error) else None for name, error in found.items()}
 
 
 # ---- the transformer
@@ -89,17 +88,16 @@ def cell_losses(rgba, dit, empty, clips, naive=False) -> dict:
 def unseen_prompts(n=200, seed=0) -> list[tuple[str, dict]]:
     """(prompt, attributes) of n different held-out combinations: shuffled, then always one whose values came least.
     Wan-Alpha's template and the short wording take turns. ValueError for more than there are."""
-    pool = [values for values in product(SHAPES, COLORS, MATERIALS, MOTIONS) if held_out(*values)]
+    pool = [attributes for attributes in COMBINATIONS if held_out(**attributes)]
     if n > len(pool):
         raise ValueError(f"{n} prompts were asked for, but only {len(pool)} combinations are held out; ask for fewer")
     pool = [pool[i] for i in np.random.default_rng(seed).permutation(len(pool))]
     count, prompts = Counter(), []
     for i in range(n):
-        values = min(pool, key=lambda candidate: sum(count[value] for value in candidate))
-        pool.remove(values)
-        count.update(values)
-        attributes = dict(zip(("shape", "color", "material", "motion"), values))
-        prompts.append((caption_of(attributes, i % 2), attributes))
+        rarest = min(pool, key=lambda attributes: sum(count[value] for value in attributes.values()))
+        pool.remove(rarest)
+        count.update(rarest.values())
+        prompts.append((caption_of(rarest, i % 2), rarest))
     return prompts
 
 
@@ -124,16 +122,14 @@ def evaluate_dit(text, dit, rgba, prompts, mask, seed=0, **options) -> tuple[lis
     return clips, [score_clip(*clip, attributes) for clip, (_, attributes) in zip(clips, prompts)]
 
 
-def middle(alpha) -> float:
-    """Mean x of a clip's alpha, pixels; 0 where it is transparent throughout."""
-    columns = alpha.astype(np.float64).sum((0, 1))
-    return columns @ np.arange(len(columns)) / max(columns.sum(), 1)
-
-
 def ellipse_control(clips_of) -> dict:
     """Does the object follow the ellipse? Correlation of the ellipse's x (0.3, 0.5, 0.7) with the mean x of the clip's
     alpha, and of the ellipse's half axis (0.25, 0.45) with the root of its mean area.
     clips_of(ellipse) -> clips, always of the same prompts and noise."""
+    def middle(alpha):                                      # 0 where it is transparent throughout
+        columns = alpha.sum((0, 1), dtype=float)
+        return columns @ np.arange(len(columns)) / max(columns.sum(), 1)
+
     def follows(asked, ellipse_of, measure):
         pairs = [(value, measure(alpha)) for value in asked for _, alpha in clips_of(ellipse_of(value))]
         return float(np.corrcoef(*zip(*pairs))[0, 1])
@@ -151,83 +147,55 @@ def held_out_mse(step, files: list, rounds: int = 4) -> float:
     return round(float(torch.stack(errors).mean()), 4)
 
 
-# ---- python -m kit.evaluate vae
+# ---- python -m kit.evaluate
 
 
-def unseen_clip(i: int, size, frames: int):
-    clip = procedural_clip(10 ** 9 + i, size, frames, split="test")
-    return clip.rgb, clip.alpha
-
-
-def sets_to_score(args) -> dict[str, dict]:
-    """Title -> the clips of a set, name -> function that reads one: a folder's or else procedural ones, and stills."""
-    size, frames, sets = args.size[::-1], args.frames, {}
-    if not args.data:
-        sets["unseen clips"] = {f"{i:02d}": partial(unseen_clip, i, size, frames) for i in range(args.clips)}
-    for title, folder, count in (("clips", args.data, frames), ("stills", args.stills, 1)):
-        if folder:
-            dataset = RGBADataset(folder, size, count)
-            sets[title] = {dataset.name(i): partial(dataset.clip, i) for i in range(len(dataset))}
-    return sets
-
-
-def write_comparison(path: Path, target, result) -> None:
-    """Target and result, colour and alpha: four clips that play anywhere."""
-    for kind, (rgb, alpha) in (("target", target), ("result", result)):
-        write_rgba(path.with_name(f"{path.name}-{kind}-colour.mp4"), rgb)
-        write_rgba(path.with_name(f"{path.name}-{kind}-alpha.mp4"), np.repeat(alpha[..., None], 3, -1))
-
-
-def measure_cells(args, rgba, title: str, clips) -> dict | None:
-    try:
-        judge = load_judge(args.base, torch.bfloat16 if args.bf16 else torch.float32, args.device)
-    except FileNotFoundError:
-        print("\nno transformer in --base: its loss on opaque and transparent cells was not measured")
-        return None
-    losses = cell_losses(rgba, **judge, clips=clips, naive=args.naive)
-    said = [f"{name} cells {value:.3f}" for name, value in losses.items() if value is not None]
-    print(f"\nloss of the frozen transformer on {title}: {', '.join(said)}")
-    return losses
+def find_clips(args) -> tuple:
+    """Names of the clips to score, and a function that brings one: of a folder, or else unseen procedural ones."""
+    size = args.size[::-1]
+    if args.data:
+        dataset = RGBADataset(args.data, size, args.frames)
+        return [dataset.name(i) for i in range(len(dataset))], dataset.clip
+    names = [f"{i:02d}" for i in range(args.clips)]
+    return names, lambda i: procedural_clip(10 ** 9 + i, size, args.frames, split="test")[:2]
 
 
 def run_vae(args) -> None:
-    out, sets = Path(args.out), sets_to_score(args)
+    out, (names, clip) = Path(args.out), find_clips(args)
+    title = "clips" if args.data else "unseen clips"
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
-    record = dict(arguments=vars(args))
-    for title, clips in sets.items():
-        rows = evaluate_vae(rgba, (read() for read in clips.values()), args.naive)
-        print_scores(title, rows)
-        record[title] = dict(mean=mean_scores(rows), clips=dict(zip(clips, rows)))
-    title, clips = next(iter(sets.items()))
-    for name, read in list(clips.items())[:8]:
-        target = read()
-        write_comparison(out / "eval" / Path(name).with_suffix(""), target, reconstruct(rgba, *target, args.naive))
-    record["cells"] = measure_cells(args, rgba, title, (read() for read in clips.values()))
+    rows = evaluate_vae(rgba, map(clip, range(len(names))), args.naive)
+    print_scores(title, rows)
+    record = {"arguments": vars(args), title: dict(mean=mean_scores(rows), clips=dict(zip(names, rows))), "cells": None}
+    for i, name in enumerate(names[:8]):
+        for kind, shown in (("target", clip(i)), ("result", reconstruct(rgba, *clip(i), args.naive))):
+            write_rgba(f"{(out / 'eval' / name).with_suffix('')}-{kind}.webp", *shown)
+    if find_dit(args.base)[0].is_file():
+        judge = load_judge(args.base, device=args.device)
+        record["cells"] = cell_losses(rgba, **judge, clips=map(clip, range(len(names))), naive=args.naive)
+        said = [f"{name} cells {value:.3f}" for name, value in record["cells"].items() if value is not None]
+        print(f"\nloss of the frozen transformer on {title}: {', '.join(said)}")
     save_json(out / "eval.json", record)
     print(f"written: {out}/eval.json, {out}/eval/")
 
 
-# ---- python -m kit.evaluate dit
-
-
 def run_dit(args) -> None:
     out, (width, height), prompts = Path(args.out), args.size, unseen_prompts(args.prompts)
-    dit = load_dit(args.base, [(args.dora, 1.0)], device=args.device)
+    dit = load_dit(args.base, [(args.dora or f"{args.base}/t2v.safetensors", 1.0)], device=args.device)
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
     options = dict(mean=args.mean, shift=args.shift, seed=args.seed, device=args.device)
     evaluate = partial(evaluate_dit, load_text_encoder(args.base), dit, rgba, **options)
     centred = ellipse_mask(args.frames, height, width)
-    clips, rows = evaluate(prompts, centred)
-    contact_sheet(out / "eval.png", clips[:10])
-    print("eval.png shows:", *(prompt for prompt, _ in prompts[:10]), sep="\n  ")
-    print(f"\n{len(prompts)} unseen prompts, 4 Euler steps, shift {args.shift}, mean {args.mean}\n{score_table(rows)}")
-    print(score_by(rows, prompts, "shape", "shape"), score_by(rows, prompts, "shape", "motion"), sep="\n")
-    record = dict(arguments=vars(args), scores={"4": shares_of(rows)},
-                  clips=[dict(prompt=prompt, **row) for (prompt, _), row in zip(prompts, rows)])
-    for steps in args.steps:
-        _, rows = evaluate(prompts, centred, steps=steps)
+    record = dict(arguments=vars(args), scores={})
+    for steps in (*args.steps, 4):
+        clips, rows = evaluate(prompts, centred, steps=steps)
         record["scores"][str(steps)] = shares_of(rows)
-        print(f"\n{steps} steps\n{score_table(rows)}")
+        print(f"\n{len(prompts)} unseen prompts, {steps} Euler steps, shift {args.shift}, mean {args.mean}")
+        print(score_table(rows))
+    print(score_by(rows, prompts, "shape", "shape"), score_by(rows, prompts, "shape", "motion"), sep="\n")
+    contact_sheet(out / "eval.png", clips[:10])
+    print("\neval.png shows, after 4 steps:", *(prompt for prompt, _ in prompts[:10]), sep="\n  ")
+    record["clips"] = [dict(prompt=prompt, **row) for (prompt, _), row in zip(prompts, rows)]
     if not args.brief:
         print(f"\n4 steps, mean shift off\n{score_table(evaluate(prompts, centred, mean=0.0)[1])}")
         record["ellipse"] = ellipse_control(
@@ -237,56 +205,41 @@ def run_dit(args) -> None:
     save_json(out / "eval.json", record)
 
 
-# ---- the command
-
-
 def parse_args(argv=None):
     parser = Parser(prog="kit.evaluate", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="model", required=True)
-    vae = commands.add_parser("vae", help="the RGBA autoencoder")
-    dit = commands.add_parser("dit", help="the transformer with its DoRA")
-    for name, add, usual in (("vae", vae.add_argument, "64 and 17"), ("dit", dit.add_argument, "640x624 and 81")):
-        add("--base", default=str(Path(__file__).parents[1] / "tiny"), metavar="DIR", help="checkpoint folder [tiny/]")
+    vae = commands.add_parser("vae", help="the RGBA autoencoder").add_argument
+    dit = commands.add_parser("dit", help="the transformer with its DoRA").add_argument
+    for name, add in (("vae", vae), ("dit", dit)):
+        add("--base", default=str(TINY), metavar="DIR", help="checkpoint folder [tiny/]")
         add("--out", default=f"runs/{name}", metavar="DIR", help="for eval.json and clips to look at [%(default)s]")
         add("--vae-adapter", metavar="FILE", help="of the VAE [Wan-Alpha-v2-VAE.safetensors in --base]")
-        add("--size", type=pixels, metavar="WxH", help="of the clips, or one side, pixels, multiples of 16 [this and "
-            f"--frames: what config.json of --base says, or else {usual}]")
+        add("--size", type=pixels, metavar="WxH", help="multiples of 16 [this and --frames: as --base's config.json]")
         add("--frames", type=positive, metavar="N", help="of a clip, 4k+1")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 [%(default)s]")
-    add = vae.add_argument
-    add("data", nargs="?", help="folder of RGBA clips; without one unseen procedural clips are scored")
-    add("--clips", type=positive, default=64, metavar="N", help="how many procedural clips [64]")
-    add("--stills", metavar="DIR", help="folder of RGBA pictures to score as stills besides")
-    add("--naive", action="store_true", help="hand the encoder hidden colour as it is, without a render")
-    add("--bf16", action="store_true", help="hold the transformer that judges cells in bfloat16")
-    add = dit.add_argument
-    add("--dora", metavar="FILE", help="the adapter [t2v.safetensors in --base]")
-    add("--prompts", type=positive, default=200, metavar="N", help="how many unseen prompts [200]")
-    add("--steps", type=positive, nargs="*", default=[1, 2, 8, 20], metavar="N", help="to try besides 4 [1 2 8 20]")
-    add("--brief", action="store_true", help="without the mean shift off and without moving the ellipse")
-    add("--mean", type=number(-10, 10), metavar="MU", help="mean of noise outside the ellipse [as --size, or 0.05]")
-    add("--shift", type=number(0.01, 1000), metavar="S", help="of the noise levels [as --size, or 5]")
-    add("--seed", type=whole, default=0, metavar="N", help="of the noise [0]")
+    vae("data", nargs="?", help="folder of RGBA clips; without one unseen procedural clips are scored")
+    vae("--clips", type=positive, default=64, metavar="N", help="how many procedural clips [64]")
+    vae("--naive", action="store_true", help="hand the encoder hidden colour as it is, without a render")
+    dit("--dora", metavar="FILE", help="the adapter [t2v.safetensors in --base]")
+    dit("--prompts", type=positive, default=200, metavar="N", help="how many unseen prompts [200]")
+    dit("--steps", type=positive, nargs="*", default=[1, 2, 8, 20], metavar="N", help="to try besides 4 [1 2 8 20]")
+    dit("--brief", action="store_true", help="without the mean shift off and without moving the ellipse")
+    dit("--mean", type=number(-10, 10), metavar="MU", help="mean of noise outside the ellipse [as --size, or 0.05]")
+    dit("--shift", type=number(0.01, 1000), metavar="S", help="of the noise levels [as --size, or 5]")
+    dit("--seed", type=whole, default=0, metavar="N", help="of the noise [0]")
     return settle(parser.parse_args(argv))
 
 
 def settle(args):
-    """Defaults that depend on --base, and what can be told from the arguments alone. FileNotFoundError, ValueError."""
-    if not Path(args.base).is_dir():
-        raise FileNotFoundError(f"there is no folder {args.base}: give --base the folder of a checkpoint")
+    """Defaults that depend on --base, and what can be told from the arguments alone. ValueError."""
     check_device(args.device)
-    usual = dict(size=[64, 64], frames=17)
-    if args.model == "dit":
-        usual = dict(size=[640, 624], frames=81, mean=0.05, shift=5.0)
-        args.dora = args.dora or str(Path(args.base) / "t2v.safetensors")
     said = read_section(args.base)
-    for name, value in usual.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, said.get(name, value))
+    for name, usual in USUAL[args.model].items():
+        if getattr(args, name) is None:
+            setattr(args, name, said.get(name, usual))
     args.vae_adapter = args.vae_adapter or str(find_adapter(args.base))
     if args.frames % 4 != 1 or any(side % 16 for side in args.size):
-        width, height = args.size
-        raise ValueError(f"{args.frames} frames of {width}x{height}: --frames must be 4k+1, --size multiples of 16")
+        raise ValueError(f"--frames {args.frames} must be 4k+1, the sides of --size {args.size} multiples of 16")
     return args
 
 

@@ -159,6 +159,8 @@ def load_strict(module: nn.Module, state: dict, path, dtype=torch.float32, devic
 
 # ---- checkpoint folders
 
+TINY = Path(__file__).parents[1] / "tiny"                      # the embedded one: what a command takes without --base
+
 
 def either(folder, name: str, other: str = ".pth") -> Path:
     """name.safetensors in that folder, or else, if there is one, the pickle that was released."""

@@ -86,9 +86,9 @@ MUTANTS = [     # file, text that stands there once, what it becomes, the test t
     ("kit/command.py", 'NO_MEMORY = "out of memory|allocate memory|not enough memory"', 'NO_MEMORY = "memory"',
      "right_words"),
     ("kit/scale.py", ".abs().amax(dim=1, keepdim=True)", ".abs().amax(dim=0, keepdim=True)", "float8"),
-    ("kit/files.py", "weights_only=True", "weights_only=False", "wrong"),
-    ("kit/files.py", "        os.replace(temporary, path)\n",
-     "        temporary.rename(path)\n        path.touch()\n", "wrong")]
+    ("kit/files.py", "weights_only=True", "weights_only=False", "plain_tensors"),
+    ("kit/files.py", "if expected.get(name) != found.get(name)]", "if expected.get(name) != found.get(name, expected[name])]",
+     "do_not_fit")]
 
 
 def plant(folder: Path, file: str, text: str, replacement: str) -> None:

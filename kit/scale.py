@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dit import DiTConfig, WanDiT, load_dit, open_dit, resident_dtype
 from kit.command import processes, ranks
+from kit.files import TINY
 
 LARGEST_FLOAT8 = 448.0      # of float8_e4m3fn
 
@@ -292,9 +293,9 @@ def plain_attention(device):
 
 
 if __name__ == "__main__":
-    base, random = Path(__file__).parents[1] / "tiny", torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(0)
     inputs = torch.randn(1, 16, 5, 8, 8, generator=random), torch.tensor([937.5]), torch.randn(1, 9, 128)
     with torch.inference_mode():
-        v = load_dit(base)(*inputs)
+        v = load_dit(TINY)(*inputs)
         for way in (dict(offload=True), dict(fp8=True), dict(dtype=torch.bfloat16)):
-            print(f"{way}: v differs by {(load_scaled(base, **way)(*inputs) - v).norm() / v.norm():.2%}")
+            print(f"{way}: v differs by {(load_scaled(TINY, **way)(*inputs) - v).norm() / v.norm():.2%}")

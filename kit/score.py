@@ -1,13 +1,10 @@
 """Numbers of a clip: how near it is to another one, and whether it shows what its prompt names.
 
-    compare_clips   PSNR and SSIM of a result against its target, as composites, as alpha and as colour
-    score_clip      colour, motion, shape, material of a clip against the attributes of its prompt, each passed or not
-
 A clip is uint8: rgb (t, h, w, 3) straight, alpha (t, h, w). A mask is bool (t, h, w). Sums in float32 for PSNR (its
 squares reach 65025), in float64 for SSIM. The scores of prompts are no part of the paper: procedural clips of kit/clips
-pass all of them (test_every_score_passes_on_the_truth_and_through_a_blur), wrong labels by chance alone.
+pass all of them, wrong labels by chance alone (test_scores_pass_on_the_truth).
 """
-import math
+from collections import Counter
 
 import numpy as np
 import torch
@@ -18,86 +15,60 @@ from kit.clips import COLORS, MATERIALS, SHAPES, distance_table
 from kit.media import over
 from losses import PALETTE
 
-PEAK = 255
-WINDOW = 11                     # of SSIM, pixels
-EDGE = WINDOW // 2              # SSIM's map is smaller than the clip by this much on each side
-
 # ---- how near is a clip to another one?
 
 
 def masked_mean(x, mask=None) -> float:
-    """Over the pixels where mask (t, h, w) is true, all channels; nan without any."""
+    """Over the pixels where mask (t, h, w) is true, all channels, but those that are nan; nan without any."""
     values = x if mask is None else x[mask]
-    return float(values.mean()) if values.size else math.nan
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else np.nan
 
 
 def psnr(x, y, mask=None) -> float:
     """Peak signal-to-noise ratio in dB of uint8 arrays where mask is true, at most 78; nan where it nowhere is."""
     error = masked_mean((x.astype(np.float32) - y.astype(np.float32)) ** 2, mask)
-    if math.isnan(error):
-        return math.nan
-    return float(10 * np.log10(PEAK ** 2 / max(error, 1e-3)))
-
-
-def blur(x):
-    """float64 (n, 1, h, w) -> (n, 1, h - 10, w - 10): mean under a Gaussian window with a deviation of 1.5 pixels."""
-    window = torch.exp(-torch.arange(-EDGE, EDGE + 1.0).double() ** 2 / (2 * 1.5 ** 2))
-    window = window / window.sum()
-    return F.conv2d(F.conv2d(x, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+    return float(10 * np.log10(255 ** 2 / np.maximum(error, 1e-3)))
 
 
 def ssim_map(x, y):
-    """Structural similarity of uint8 (t, h, w) or (t, h, w, c), at least 11 x 11 pixels, at every place that its window
-    fits into: (t, h - 10, w - 10, c). As published (Wang et al. 2004): K 0.01 and 0.03, each channel by itself."""
-    if x.ndim == 3:
-        x, y = x[..., None], y[..., None]
-    channels = x.shape[-1]
-    x, y = (rearrange(torch.from_numpy(v).double(), "t h w c -> (t c) 1 h w") for v in (x, y))
-    mean_x, mean_y, mean_xx, mean_yy, mean_xy = blur(torch.cat([x, y, x * x, y * y, x * y])).chunk(5)
+    """Structural similarity of uint8 (t, h, w) or (t, h, w, c): (t, h, w, c), nan where no whole window fits in. As
+    published (Wang et al. 2004): a Gaussian window of 11 pixels, deviation 1.5, K 0.01 and 0.03, channel by channel."""
+    t, h, w = x.shape[:3]
+    x, y = (rearrange(torch.from_numpy(v).double().reshape(t, h, w, -1), "t h w c -> (t c) 1 h w") for v in (x, y))
+    window = torch.softmax(-torch.arange(-5, 6).double() ** 2 / (2 * 1.5 ** 2), 0)
+    blurred = F.conv2d(torch.cat([x, y, x * x, y * y, x * y]), window.view(1, 1, -1, 1))
+    blurred = F.conv2d(blurred, window.view(1, 1, 1, -1))
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = F.pad(blurred, (5, 5, 5, 5), value=torch.nan).chunk(5)
     var_x, var_y = mean_xx - mean_x * mean_x, mean_yy - mean_y * mean_y
     covariance = mean_xy - mean_x * mean_y
-    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
     structure = (2 * covariance + c2) / (var_x + var_y + c2)
-    return rearrange(luminance * structure, "(t c) 1 h w -> t h w c", c=channels).numpy()
+    return rearrange(luminance * structure, "(t c) 1 h w -> t h w c", t=t).numpy()
 
 
-def inner(mask):
-    """A mask on the places of `ssim_map`."""
-    return None if mask is None else mask[:, EDGE:-EDGE, EDGE:-EDGE]
-
-
-def ssim(x, y, mask=None) -> float:
-    """The mean of `ssim_map` over the places whose middle is in the mask; nan without any."""
-    return masked_mean(ssim_map(x, y), inner(mask))
-
-
-def object_region(alpha):
-    """The pixels with alpha > 0 and those up to two pixels from one, (t, h, w)."""
-    return dilate(alpha > 0, 2)
-
-
-def psnr_and_ssim(pairs: list, masks: list) -> list[dict]:
+def compare_pairs(pairs: list, *masks) -> list[dict]:
     """For each mask the means over pairs of pictures (x, y)."""
-    maps = [ssim_map(x, y) for x, y in pairs]
-    return [dict(psnr=float(np.mean([psnr(x, y, mask) for x, y in pairs])),
-                 ssim=float(np.mean([masked_mean(similar, inner(mask)) for similar in maps]))) for mask in masks]
+    maps = [ssim_map(*pair) for pair in pairs]
+    return [dict(psnr=float(np.mean([psnr(*pair, mask) for pair in pairs])),
+                 ssim=float(np.mean([masked_mean(found, mask) for found in maps]))) for mask in masks]
 
 
 def compare_clips(rgb, alpha, rgb_hat, alpha_hat) -> dict:
     """PSNR in dB and SSIM of a result against its target: soft renders, their mean over the 8 palette colours, and
     alpha, over the whole frame and in the object's region (alpha > 0, two pixels wider); colour where alpha > 0."""
-    region = object_region(alpha)
-    palette = [(color + 1) / 2 * PEAK for color in PALETTE.numpy()]
+    region = dilate(alpha > 0, 2)
+    palette = [(color + 1) / 2 * 255 for color in PALETTE.numpy()]
     renders = [(over(rgb, alpha, color), over(rgb_hat, alpha_hat, color)) for color in palette]
-    render, render_region = psnr_and_ssim(renders, [None, region])
-    matte, matte_region = psnr_and_ssim([(alpha, alpha_hat)], [None, region])
-    colour, = psnr_and_ssim([(rgb, rgb_hat)], [alpha > 0])
+    render, render_region = compare_pairs(renders, None, region)
+    matte, matte_region = compare_pairs([(alpha, alpha_hat)], None, region)
+    colour, = compare_pairs([(rgb, rgb_hat)], alpha > 0)
     return {"soft render": render, "soft render, region": render_region,
             "alpha": matte, "alpha, region": matte_region, "colour, alpha > 0": colour}
 
 
-# ---- where is the object? Distances are in 64ths of the frame's height
+# ---- what does it show? Distances are in 64ths of the frame's height
 
 
 def dilate(mask, n: int):
@@ -109,14 +80,9 @@ def grow(mask, distance):
     return dilate(mask, max(1, round(distance * mask.shape[1] / 64)))
 
 
-def body(alpha):
-    """Where the object surely is, bool (t, h, w): alpha > 0.1, less a margin of 3."""
-    return ~grow(alpha <= 25, 3)
-
-
 def body_alpha(alpha) -> float:
-    """Median alpha of the body over all frames, in [0, 1]; 0 without a body."""
-    inside = alpha[body(alpha)]
+    """Median alpha where the object surely is (alpha > 0.1, less a margin of 3), over all frames, 0 to 1; 0 without."""
+    inside = alpha[~grow(alpha <= 25, 3)]
     return float(np.median(inside)) / 255 if len(inside) else 0.0
 
 
@@ -133,24 +99,13 @@ def halo_alpha(alpha) -> float:
     return float(alpha[third].sum() / max(1, third.sum())) / 255
 
 
-def corner_alpha(alpha) -> float:
-    """Mean alpha of the four corners, squares of an eighth of the height, over all frames, in [0, 1]."""
-    side = alpha.shape[1] // 8
-    edges = np.r_[:side, -side:0]
-    return float(alpha[:, edges][:, :, edges].mean()) / 255
-
-
 def has_holes(alpha) -> bool:
     """Some frame encloses a place with alpha < 0.8: no path of such pixels leads from it to the frame's border."""
-    free = F.pad(torch.from_numpy(alpha < 204).float(), (1, 1, 1, 1), value=1)[:, None]
-    reached = torch.ones_like(free)
-    reached[..., 1:-1, 1:-1] = 0                            # from the padded border on
+    low = torch.from_numpy(alpha < 204).float()
+    free, reached = (F.pad(x, (1, 1, 1, 1), value=1) for x in (low, torch.zeros_like(low)))    # from outside on
     while not reached.equal(more := F.max_pool2d(reached, 3, 1, 1) * free):
         reached = more
     return bool((free > reached).any())
-
-
-# ---- what does it show?
 
 
 def named_color(rgb, alpha) -> str:
@@ -163,16 +118,11 @@ def named_color(rgb, alpha) -> str:
 
 
 def moments(mask):
-    """Area (t,), centre and standard deviation (t, 2) as x, y of bool (t, h, w), in frame heights from the middle."""
+    """Area (t,), centre and standard deviation (t, 2) of bool (t, h, w): x and y, in frame heights from the middle."""
     h, w = mask.shape[1:]
-    x = (torch.arange(w) + 0.5 - w / 2) / h
-    y = (torch.arange(h)[:, None] + 0.5 - h / 2) / h
-    area = mask.sum((1, 2))
-
-    def mean(values):
-        return (mask * values).sum((1, 2)) / area
-    centre = torch.stack([mean(x), mean(y)], 1)
-    square = torch.stack([mean(x ** 2), mean(y ** 2)], 1)
+    y, x = torch.meshgrid((torch.arange(h) + 0.5 - h / 2) / h, (torch.arange(w) + 0.5 - w / 2) / h, indexing="ij")
+    area, xy = mask.sum((1, 2)), torch.stack([x, y], -1)
+    centre, square = (torch.einsum("thw,hwd->td", mask.float(), v) / area[:, None] for v in (xy, xy ** 2))
     return area, centre, (square - centre ** 2).clamp(min=1e-8).sqrt()
 
 
@@ -183,8 +133,7 @@ def named_motion(alpha) -> str:
     reach = centre.amax(0) - centre.amin(0)                 # how far it comes about, in x and in y
     net = centre[-1] - centre[0]
     across = bool(reach[0] > reach[1])
-    main = int(reach.argmax())
-    comes_back = bool(net[main].abs() < 0.5 * reach[main])
+    comes_back = bool((net.abs() < 0.5 * reach)[reach.argmax()])
     rules = (("none", area.min() == 0),
              ("growing", area[-1] > 2 * area[0]),
              ("spinning", proportion.min() < 0.5 * proportion.max()),
@@ -222,30 +171,26 @@ def named_shape(alpha) -> str:
 
 
 def shows_material(alpha, material: str) -> bool:
-    """solid: body_alpha > 0.95. glow: body_alpha > 0.7 and halo_alpha > 0.05. Others: 0.15 < body_alpha < 0.85."""
+    """Glass, smoke and bubble share one rule."""
     level = body_alpha(alpha)
-    if material == "solid":
-        return level > 0.95
     if material == "glow":
         return level > 0.7 and halo_alpha(alpha) > 0.05
-    return 0.15 < level < 0.85
+    return level > 0.95 if material == "solid" else 0.15 < level < 0.85
 
 
 def score_clip(rgb, alpha, attributes: dict) -> dict:
-    """Name of a score -> whether the clip passes, None where it does not apply; besides "material" one per material.
-
-    corners: corner_alpha < 0.01. no_holes: of solid bodies, except the ring.
-    """
+    """Name of a score -> whether the clip passes, None where it does not apply. Besides "material" one per material;
+    corners: of an eighth of the height, a mean alpha below 0.01; no_holes: of solid bodies, except the ring."""
     material, shape = attributes["material"], attributes["shape"]
+    side = alpha.shape[1] // 8
+    edges = np.r_[:side, -side:0]
     shown = shows_material(alpha, material)
-    by_material = {name: shown if name == material else None for name in MATERIALS}
-    whole = material == "solid" and shape != "ring"
     return dict(color=named_color(rgb, alpha) == attributes["color"],
                 motion=named_motion(alpha) == attributes["motion"],
                 shape=named_shape(alpha) == shape,
-                corners=corner_alpha(alpha) < 0.01,
-                material=shown, **by_material,
-                no_holes=not has_holes(alpha) if whole else None)
+                corners=bool(alpha[:, edges][:, :, edges].mean() < 0.01 * 255),
+                material=shown, **(dict.fromkeys(MATERIALS) | {material: shown}),
+                no_holes=not has_holes(alpha) if material == "solid" and shape != "ring" else None)
 
 
 # ---- many clips
@@ -264,32 +209,29 @@ def print_scores(title: str, rows: list[dict]) -> None:
         print(f"  {name:<24}{mean['psnr']:13.2f}{low[name]['psnr']:8.2f}{mean['ssim']:13.4f}{low[name]['ssim']:8.4f}")
 
 
-def passed_of(rows: list[dict], name: str) -> list[bool]:
-    """A score of the clips that it applies to."""
-    return [row[name] for row in rows if row[name] is not None]
+def passed_of(rows: list[dict]) -> dict[str, list[bool]]:
+    """Score -> whether each clip that it applies to passes."""
+    return {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
 
 
 def shares_of(rows: list[dict]) -> dict:
     """The share of the clips that pass, of those a score applies to; None without any."""
-    found = {name: passed_of(rows, name) for name in rows[0]}
-    return {name: sum(passed) / len(passed) if passed else None for name, passed in found.items()}
+    return {name: sum(passed) / len(passed) if passed else None for name, passed in passed_of(rows).items()}
 
 
 def score_table(rows: list[dict]) -> str:
     """A line for each score: the percentage that passes, and counts, of the clips it applies to; materials indented."""
     lines = []
-    for name, share in shares_of(rows).items():
-        passed = passed_of(rows, name)
+    for name, passed in passed_of(rows).items():
         title = f"  {name}" if name in MATERIALS else name
-        percent = "-" if share is None else f"{100 * share:.1f}"
+        percent = f"{100 * np.mean(passed):.1f}" if passed else "-"
         lines.append(f"{title:<12}{percent:>6} %  {sum(passed):4d} of {len(passed):4d}")
     return "\n".join(lines)
 
 
 def score_by(rows: list[dict], prompts: list, name: str, attribute: str) -> str:
     """One line: how many clips pass a score, for every value of an attribute of their prompts."""
-    found = {}
-    for row, (_, attributes) in zip(rows, prompts):
-        found.setdefault(attributes[attribute], []).append(row[name])
-    counts = [f"{value} {sum(passed)} of {len(passed)}" for value, passed in found.items()]
+    values = [attributes[attribute] for _, attributes in prompts]
+    passed = Counter(value for value, row in zip(values, rows) if row[name])
+    counts = [f"{value} {passed[value]} of {n}" for value, n in Counter(values).items()]
     return f"{name} by {attribute}: {', '.join(counts)}"
