@@ -8,10 +8,9 @@
 A row holds seconds and peaks in MiB: of host memory, with Python and PyTorch; of what PyTorch allocated on the GPU.
 dtype: the models are held in --dtype, as `load_dit` does it, but the decoders in float32 on the CPU.
 """
-import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -20,7 +19,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
 
 from dit import Block, DiTConfig, WAN_14B, WAN_1_3B, WanDiT, open_dit
 from dora import adapter_state, add_dora, merge_adapter
@@ -54,19 +52,17 @@ def on_meta(kind: type, *arguments) -> torch.nn.Module:
         return kind(*arguments)
 
 
-def random_tensors(meta: dict[str, Tensor], device="cpu") -> Iterator[tuple[str, Tensor]]:
+def random_tensors(meta: dict, device="cpu") -> Iterator[tuple[str, torch.Tensor]]:
     """Float32, one by one. Gains and magnitudes are near 1, rows of matrices about 1 long."""
     for name, like in meta.items():
-        x = torch.randn(like.shape, device=device)
-        if "magnitude" in name or name.endswith("gamma") or (name.endswith(".weight") and x.ndim == 1):
-            yield name, 1 + 0.1 * x
-        else:
-            yield name, x.mul_(0.1 if x.ndim == 1 else x[0].numel() ** -0.5)
+        gain = "magnitude" in name or name.endswith("gamma") or (name.endswith(".weight") and like.ndim == 1)
+        spread = 0.1 if gain or like.ndim == 1 else like[0].numel() ** -0.5
+        x = torch.randn(like.shape, device=device).mul_(spread)
+        yield name, x.add_(1) if gain else x
 
 
 def checkpoint_meta(config: DiTConfig) -> tuple[dict, dict, dict]:
-    """Wan's tensors; of Wan-Alpha's DoRA, rank 32: every matrix of the blocks, in peft's names; of LightX2V's LoRA,
-    rank 64: every matrix, bias and norm, but neither modulation nor the patch kernel. Names and shapes alone."""
+    """Names and shapes of Wan's tensors, of Wan-Alpha's DoRA and of LightX2V's LoRA, biases and norms."""
     model, light = on_meta(WanDiT, config), {}
     base = model.state_dict()
     for name, p in base.items():
@@ -102,12 +98,12 @@ def load_official(folder: Path, adapters: list, dtype: torch.dtype, device: str)
 
 
 @torch.inference_mode()
-def measure_load(name: str, load: Callable, folder: Path, args: argparse.Namespace) -> None:
+def measure_load(name: str, load, folder: Path, args) -> None:
     with row_of(name, args.device):
         load(folder, [(folder / file, 1.0) for file in ADAPTERS], args.dtype, args.device)
 
 
-def bench_load(args: argparse.Namespace) -> None:
+def bench_load(args) -> None:
     """As generate.py loads, and the official procedure if it fits, each in a new process: its peaks are its own."""
     ways = dict(load_scaled=partial(load_scaled, offload=args.offload, fp8=args.fp8))
     if 8 * sum(p.numel() for p in on_meta(WanDiT, args.config).parameters()) < free_memory("cpu"):
@@ -118,7 +114,7 @@ def bench_load(args: argparse.Namespace) -> None:
             pool.submit(measure_load, name, load, Path(folder), args).result()
 
 
-def random_dit(args: argparse.Namespace) -> tuple[WanDiT, Tensor, Tensor]:
+def random_dit(args) -> tuple[WanDiT, torch.Tensor, torch.Tensor]:
     """With z (1 c t h w) and a context (1 l d), float32. ValueError if the host has no room; a GPU says so itself."""
     config, grid = args.config, latent_size(args)
     need = sum(dit_memory(config, math.prod(grid) // math.prod(config.patch_size), args.dtype, args.offload, args.fp8))
@@ -128,11 +124,11 @@ def random_dit(args: argparse.Namespace) -> tuple[WanDiT, Tensor, Tensor]:
         model = on_meta(WanDiT, config)
         tensors = random_tensors(model.state_dict(), args.device)
         model = place_dit(model, tensors, args.dtype, args.device, offload=args.offload, fp8=args.fp8)
-    z, context = (1, config.in_dim, *grid), (1, config.text_len, config.text_dim)
-    return model, torch.randn(z, device=args.device), torch.randn(context, device=args.device)
+    z = torch.randn(1, config.in_dim, *grid, device=args.device)
+    return model, z, torch.randn(1, config.text_len, config.text_dim, device=args.device)
 
 
-def bench_forward(args: argparse.Namespace) -> Tensor:
+def bench_forward(args) -> torch.Tensor:
     model, z, context = random_dit(args)
     steps = euler(lambda z, t: model(z, t, context), z, shifted_sigmas(args.steps))
     for i in range(args.steps):
@@ -141,7 +137,7 @@ def bench_forward(args: argparse.Namespace) -> Tensor:
     return z
 
 
-def bench_clip(args: argparse.Namespace) -> None:
+def bench_clip(args) -> None:
     z = bench_forward(args)
     dtype = torch.float32 if args.device == "cpu" else args.dtype
     with row_of("decoders: random weights", args.device):
@@ -156,20 +152,16 @@ def bench_clip(args: argparse.Namespace) -> None:
 
 def saved_bytes(block: Block, config: DiTConfig, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that a block keeps for backward, each storage once, beside the tokens and their rotation."""
-    d, kept = config.dim, {}
+    d, saved = config.dim, []
     shapes = (1, tokens, d), (1, 6, d), (1, config.text_len, d), (2, tokens, d // config.num_heads // 2)
     x, e, context, rope = (torch.randn(shape, device=block.modulation.device) for shape in shapes)
-
-    def keep(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
-    with torch.autograd.graph.saved_tensors_hooks(keep, keep):
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, saved.append):
         block(x.requires_grad_(), e, context.to(dtype), rope)
-    for given in (x, rope):
-        kept.pop(given.untyped_storage().data_ptr(), None)
-    return sum(storage.nbytes() for storage in kept.values())
+    kept = {k.untyped_storage().data_ptr(): k.untyped_storage().nbytes() for k in (x, rope, *saved)}
+    return sum(kept.values()) - x.nbytes - rope.nbytes
 
 
-def bench_train(args: argparse.Namespace) -> None:
+def bench_train(args) -> None:
     """A DoRA of rank 32, every block computed again in backward; estimates of all blocks, 81 frames of 832x480."""
     model, z, context = random_dit(args)
     add_dora(model, 32, 32, r"blocks\..+")
@@ -182,9 +174,8 @@ def bench_train(args: argparse.Namespace) -> None:
             model(z, torch.full((1,), 500.0, device=args.device), context).square().mean().backward()
     ways = {"1 GPU": {}, "1 GPU, offload": dict(offload=True), "8 GPUs, shard": dict(ranks=8, shard=True)}
     for gpus, way in ways.items():
-        need = training_memory(SIZES[args.model][0], 21 * 30 * 52, **way)
-        mib = dict(host_mib=need["host"] // 2 ** 20, device_mib=need["total"] // 2 ** 20)
-        show(f"{args.model} in all, {gpus}: an estimate", **mib)
+        mib = {k: n // 2 ** 20 for k, n in training_memory(SIZES[args.model][0], 21 * 30 * 52, **way).items()}
+        show(f"{args.model} in all, {gpus}: an estimate", host_mib=mib["host"], device_mib=mib["total"])
 
 
 COMMANDS = dict(load=bench_load, forward=bench_forward, clip=bench_clip, train=bench_train)

@@ -53,9 +53,8 @@ def held_out(shape, color, material, motion) -> bool:
 
 def choose(rng, split, fixed):
     """Attributes of one clip of a split; with all four pinned, of either."""
-    left = [c for c in COMBINATIONS if fixed.items() <= c.items()]
-    if len(fixed) < 4:
-        left = [c for c in left if held_out(**c) == (split == "test")]
+    pool = COMBINATIONS if len(fixed) == 4 else [c for c in COMBINATIONS if held_out(**c) == (split == "test")]
+    left = [c for c in pool if fixed.items() <= c.items()]
     if not left:
         raise ValueError(f"no clip of the {split} split is {fixed}; pin other attributes, or fewer.")
     return left[rng.integers(len(left))]
@@ -78,9 +77,6 @@ def caption_of(attributes, wording=None) -> str:
     if attributes.get("second"):
         motion += f" and a small {attributes['second_color']} {attributes['second_shape']}"
     return worded(wording % 5, wording // 10, subject, bare, phrases[2], motion)
-
-
-# ---- an object
 
 
 def outline(shape):
@@ -115,11 +111,11 @@ def distance_table(shape, n=192):
     elif shape == "ring":
         sd = np.abs(np.abs(p) - 0.74) - 0.26
     else:
-        vertices, far, turned = outline(shape), np.inf, 0
-        for a, b in zip(vertices, np.roll(vertices, -1)):
-            along = np.clip(((p - a) / (b - a)).real, 0, 1)
-            far = np.minimum(far, np.abs(p - a - along * (b - a)))
-            turned = turned + np.angle((p - b) / (p - a))                 # seen from inside, it goes all the way round
+        a = outline(shape)[:, None, None]                                 # each side goes from a to b
+        b = np.roll(a, -1, 0)
+        along = np.clip(((p - a) / (b - a)).real, 0, 1)
+        far = np.abs(p - a - along * (b - a)).min(0)
+        turned = np.angle((p - b) / (p - a)).sum(0)                       # seen from inside, it goes all the way round
         sd = np.where(np.abs(turned) > np.pi, -far, far)
     gy, gx = np.gradient(sd, axis, axis)
     return np.stack([sd, gx, gy], -1).astype(np.float32)
@@ -271,9 +267,8 @@ def second_object(rng, size, frames, main):
 
 
 def procedural_clip(seed: int, size=64, frames=17, split="train", two=0.12, **fixed) -> Clip:
-    """A captioned RGBA clip out of nothing but a seed: same arguments, same bytes. size: side or (h, w), pixels; two:
-    share of clips with a second, small object; split: "train" never shows a held-out combination, "test" only those;
-    fixed pins shape=, color=, material=, motion=. ValueError for what does not exist."""
+    """Same arguments, same bytes. size: side or (h, w); split: "train" never shows a held-out combination, "test" only
+    those; two: share of clips with a second, small object; fixed pins shape=, color=, material=, motion=. ValueError."""
     size = (size, size) if isinstance(size, int) else size
     rng, material_rng = np.random.default_rng([seed, 64]), np.random.default_rng([seed, 65])
     attributes = choose(rng, split, fixed) | dict(second=False, wording=int(rng.integers(40)))
@@ -291,9 +286,6 @@ def procedural_clip(seed: int, size=64, frames=17, split="train", two=0.12, **fi
         attributes |= dict(second=True, second_shape=shape, second_color=color)
     rgb, alpha = ((255 * k + 0.5).astype(np.uint8) for k in (rgb, alpha))
     return Clip(rgb, alpha, caption_of(attributes), attributes)
-
-
-# ---- the command
 
 
 def sprite_clip(seed: int, picture, name, size=64, frames=17) -> Clip:
@@ -315,8 +307,8 @@ def sprite_clip(seed: int, picture, name, size=64, frames=17) -> Clip:
 def load_sprites(folder):
     """[(uint8 (h, w, 4), name)] of the pictures in a folder that have transparency."""
     files = [path for path in sorted(Path(folder).glob("[!.]*")) if path.suffix.lower() in PICTURES]
-    sprites = [(decode(path)[0], words(path)) for path in files]
-    sprites = [(picture, name) for picture, name in sprites if picture[..., 3].min() < 255]
+    pictures = [(decode(path)[0], words(path)) for path in files]
+    sprites = [(picture, name) for picture, name in pictures if picture[..., 3].min() < 255]
     if not sprites:
         raise ValueError(f"there is no picture with transparency in {folder}; give pictures with alpha, as PNG say.")
     return sprites
@@ -335,21 +327,12 @@ def write_clips(folder, args):
     lines = []
     for i in tqdm(range(args.clips), desc=f"clips to {folder}"):
         seed, name = args.seed * 1_000_000 + i, f"{i:05d}"
-        if sprites:
-            clip = sprite_clip(seed, *sprites[i % len(sprites)], args.size, args.frames)
-        else:
-            clip = procedural_clip(seed, args.size, args.frames)
+        clip = (sprite_clip(seed, *sprites[i % len(sprites)], args.size, args.frames) if sprites else
+                procedural_clip(seed, args.size, args.frames))
         write_rgba(folder / f"{name}.apng", clip.rgb, clip.alpha)
         save_text(folder / f"{name}.txt", clip.caption + "\n")
         lines.append(json.dumps(dict(file=f"{name}.apng", caption=clip.caption, seed=seed, **clip.attributes)) + "\n")
     save_text(folder / "metadata.jsonl", "".join(lines))
-
-
-def draw_figure(path="out/procedural.png"):
-    clips = [procedural_clip(i, shape=shape, color=color, motion=motion)
-             for i, (shape, color, motion) in enumerate(zip(SHAPES, COLORS, MOTIONS))]
-    contact_sheet(path, [clip[:2] for clip in clips])
-    print(*(clip.caption for clip in clips), f"drawn in {path}", sep="\n")
 
 
 def main(argv=None):
@@ -364,7 +347,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.size % 16 or args.frames % 4 != 1:
         raise ValueError(f"--size {args.size} must be a multiple of 16 and --frames {args.frames} 4k+1 (1, 5, 9, ...).")
-    write_clips(Path(args.folder), args) if args.folder else draw_figure()
+    if args.folder:
+        return write_clips(Path(args.folder), args)
+    clips = [procedural_clip(i, shape=SHAPES[i], color=list(COLORS)[i], motion=MOTIONS[i]) for i in range(8)]
+    contact_sheet("out/procedural.png", [clip[:2] for clip in clips])
+    print(*(clip.caption for clip in clips), "drawn in out/procedural.png", sep="\n")
 
 
 if __name__ == "__main__":

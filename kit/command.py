@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,8 +26,6 @@ except ImportError:
 
 NO_MEMORY = "out of memory|allocate memory|not enough memory"       # as PyTorch says it on a GPU, Linux, Windows
 
-# ---- arguments
-
 
 class Parser(argparse.ArgumentParser):
     """Wrong arguments are a ValueError, which `run_command` turns into the command's one sentence."""
@@ -35,16 +34,13 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 2 ** 31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+def whole(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or not least <= int(text) < 2 ** 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
     return int(text)
 
 
-def whole(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2 ** 31:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)
+positive = partial(whole, least=1)
 
 
 def number(low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -76,12 +72,9 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device} is not to be had here; try cpu") from None
 
 
-# ---- the process
-
-
 def start_process_group(device: str | None = None) -> tuple[int, int, str | None]:
-    """This process's rank, the number of processes, and its device, as torchrun's environment says; (0, 1, None)
-    without torchrun. A GPU each and NCCL, or gloo where there is none or `device` is cpu. ValueError: too few GPUs."""
+    """Rank, number of processes and own device, as torchrun's environment says; (0, 1, None) without it. A GPU each and
+    NCCL, or gloo where there is none or `device` is cpu. ValueError: too few GPUs."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return 0, 1, None
     cuda, local = torch.cuda.is_available() and device != "cpu", int(os.environ.get("LOCAL_RANK", 0))
@@ -113,7 +106,6 @@ def processes() -> int:
 
 
 def is_first() -> bool:
-    """Is this the process that writes?"""
     return ranks()[0] == 0
 
 
@@ -132,9 +124,6 @@ def average(tensors: list[Tensor]) -> None:
         dist.all_reduce(together)
         for tensor, mean in zip(tensors, (together / processes()).split([tensor.numel() for tensor in tensors])):
             tensor.copy_(mean.view_as(tensor))
-
-
-# ---- what it takes
 
 
 def free_memory(device) -> int:
@@ -180,9 +169,6 @@ def measured(stages: dict, name: str, device="cpu") -> Iterator[dict]:
         torch.cuda.synchronize(device)
         stage["device_mib"] = peak_memory(device) // 2 ** 20
     stage |= dict(seconds=round(time.perf_counter() - start, 2), host_mib=peak_memory() // 2 ** 20)
-
-
-# ---- the end
 
 
 def run_command(main: Callable, name: str, room: str = "a smaller batch, --accumulate, --checkpoint") -> int:

@@ -39,9 +39,6 @@ def eval_generator(seed: int, i: int) -> torch.Generator:
     return torch.Generator().manual_seed(2 * (seed * 1_000_003 + i))
 
 
-# ---- the autoencoder
-
-
 @torch.no_grad()
 def reconstruct(rgba, rgb, alpha, naive=False) -> tuple:
     """uint8 clip (t, h, w, 3), (t, h, w) -> the same through the autoencoder. naive: hidden colour is not rendered."""
@@ -82,9 +79,6 @@ def cell_losses(rgba, dit, empty, clips, naive=False) -> dict:
     return {name: float(error.mean()) if len(error) else None for name, error in found.items()}
 
 
-# ---- the transformer
-
-
 def unseen_prompts(n=200, seed=0) -> list[tuple[str, dict]]:
     """(prompt, attributes) of n different held-out combinations: shuffled, then always one whose values came least.
     Wan-Alpha's template and the short wording take turns. ValueError for more than there are."""
@@ -123,9 +117,8 @@ def evaluate_dit(text, dit, rgba, prompts, mask, seed=0, **options) -> tuple[lis
 
 
 def ellipse_control(clips_of) -> dict:
-    """Does the object follow the ellipse? Correlation of the ellipse's x (0.3, 0.5, 0.7) with the mean x of the clip's
-    alpha, and of the ellipse's half axis (0.25, 0.45) with the root of its mean area.
-    clips_of(ellipse) -> clips, always of the same prompts and noise."""
+    """Correlations of the ellipse's x with the mean x of the clip's alpha, and of its half axis with the root of its
+    mean area. clips_of(ellipse) -> clips, always of the same prompts and noise."""
     def middle(alpha):                                      # 0 where it is transparent throughout
         columns = alpha.sum((0, 1), dtype=float)
         return columns @ np.arange(len(columns)) / max(columns.sum(), 1)
@@ -145,9 +138,6 @@ def held_out_mse(step, files: list, rounds: int = 4) -> float:
     items = [{name: x[None] for name, x in read_checkpoint(file)[0].items()} | {"file": file} for file in files]
     errors = [step(item, [eval_generator(k, i)])["mse"] for i, item in enumerate(items) for k in range(rounds)]
     return round(float(torch.stack(errors).mean()), 4)
-
-
-# ---- python -m kit.evaluate
 
 
 def find_clips(args) -> tuple:

@@ -21,8 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-# ---- writing
-
 
 @contextmanager
 def replacing(path):
@@ -50,15 +48,12 @@ def save_json(path, content) -> None:
 def save_tensors(path, tensors: dict, metadata: dict | None = None) -> None:
     """One safetensors file; metadata: str -> str."""
     with replacing(path) as temporary:
-        temporary.write_bytes(save({name: x.contiguous() for name, x in tensors.items()}, metadata))
+        temporary.write_bytes(save({name: x.contiguous().clone() for name, x in tensors.items()}, metadata))
 
 
 def stored(state: dict, half: bool) -> dict:
     """Trained tensors as they go into a file: float16 or float32."""
     return {name: x.detach().to(torch.float16 if half else torch.float32) for name, x in state.items()}
-
-
-# ---- names by content
 
 
 def cache_key(*parts) -> str:
@@ -73,9 +68,6 @@ def file_key(path) -> str:
         raise FileNotFoundError(f"there is no file {path}: give its right name, or make it first")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---- checkpoints
 
 
 class Checkpoint:
@@ -156,9 +148,6 @@ def load_strict(module: nn.Module, state: dict, path, dtype=torch.float32, devic
     module.load_state_dict({name: x.to(device, dtype) for name, x in state.items()}, assign=True)
     return module.requires_grad_(False).eval()
 
-
-# ---- checkpoint folders
-
 TINY = Path(__file__).parents[1] / "tiny"                      # the embedded one: what a command takes without --base
 
 
@@ -187,9 +176,6 @@ def find_dit(path) -> list[Path]:
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} names no shards: download it again")
     return sorted({path / name for name in names.values()})
-
-
-# ---- config.json
 
 
 def read_json(path) -> dict:

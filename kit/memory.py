@@ -22,8 +22,6 @@ FLAGS = {       # what makes a model fit, best first
     "--text-device cpu": dict(text_device="cpu"), "--offload": dict(offload=True), "--shard": dict(shard=True),
     "--fp8": dict(fp8=True), SMALLER: dict(size=(16, 16), frames=1)}
 
-# ---- the transformer
-
 
 def weight_memory(model: nn.Module, dtype: torch.dtype, fp8: bool = False) -> int:
     """The transformer's parameters, or those of a part; fp8: matrices at a byte a number."""
@@ -36,10 +34,9 @@ def dit_memory(model: WanDiT | DiTConfig, tokens: int, dtype: torch.dtype, offlo
                ranks: int = 1, shard: bool = False) -> tuple[int, int]:
     """On the device, and on the host beside it, for the weights and the work of one call.
 
-    tokens: of one latent. The work is that of a block at its widest, in self-attention or in the feed-forward network,
-    per token: the residual stream before and after, its modulated copy, and q, k, v rotated in float32 and cast, or the
-    hidden layer before and after its activation; split tokens are whole again for the head. Streaming holds two blocks,
-    sharding gathers up to two."""
+    tokens: of one latent. The work is that of a block at its widest, per token: the residual stream before and after,
+    its modulated copy, and q, k, v rotated in float32 and cast, or the hidden layer before and after its activation;
+    split tokens are whole again for the head. Streaming holds two blocks, sharding gathers up to two."""
     if isinstance(model, DiTConfig):
         with torch.device("meta"):
             model = WanDiT(model)
@@ -84,9 +81,6 @@ def training_memory(config: DiTConfig, tokens: int, rank: int = 32, ranks: int =
     return parts | dict(total=sum(parts.values()), host=kept * config.num_layers if offload else 0)
 
 
-# ---- the decoders; args: as `generate.settle` leaves them
-
-
 def latent_size(args: argparse.Namespace) -> tuple[int, int, int]:
     """t h w of the latent of a clip of --size and --frames."""
     return (args.frames + 3) // 4, args.size[1] // 8, args.size[0] // 8
@@ -113,9 +107,6 @@ def choose_chunk(args: argparse.Namespace, config: VAEConfig) -> int:
     while chunk < t and fits(2 * chunk):
         chunk *= 2
     return min(chunk, t)
-
-
-# ---- does a run fit; text, dit, vae: UMT5, WanDiT and RGBAVAE, on the meta device or any
 
 
 def check_memory(args: argparse.Namespace, text: nn.Module, dit: WanDiT, vae: nn.Module) -> None:

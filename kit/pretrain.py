@@ -35,9 +35,6 @@ CHUNK = 16              # frames encoded at a time: bounds memory, changes no re
 EMPTY_SHARE = 0.1       # of the samples that train get the empty prompt
 
 
-# ---- the VAE
-
-
 def rgb_views(rgb, alpha, generators):
     """What a base VAE learns from: each clip rendered softly (40 %) or hard (35 %) on a colour, or its alpha as grey
     (25 %). Half of the colours are corners of the RGB cube, half are any."""
@@ -105,9 +102,6 @@ def draw_views(path: Path, vae: WanVAE, clips: list, args) -> None:
     video = rgb_views(rgb, alpha, [sample_generator(args.seed, 0, -2 - i) for i in range(len(clips))])
     result = vae.decode(vae.encode(video, chunk=None), chunk=None)
     contact_sheet(path, [to_clip(x) for pair in zip(video, result) for x in pair])
-
-
-# ---- text encoder and transformer
 
 
 @torch.no_grad()
@@ -224,9 +218,6 @@ def write_base(args, both, text: TextEncoder) -> None:
     save_json(out / "config.json", described | dict(generate=section))     # it names what the two trainings will add
 
 
-# ---- the command
-
-
 def make_parser() -> Parser:
     parser = Parser(prog="kit.pretrain", description="Train a base VAE, or a base transformer and its text encoder.")
     stages = parser.add_subparsers(dest="stage", required=True, parser_class=Parser)
@@ -261,30 +252,30 @@ def make_parser() -> Parser:
     return parser
 
 
-def check(args) -> None:
+def run_vae(args) -> None:
+    phases = parse_schedule(args.schedule)
+    largest, frames = max(side for _, _, side, _ in phases), max(frames for _, frames, _, _ in phases)
+    if args.size and args.size < largest:
+        raise ValueError(f"--size {args.size} must be no smaller than the schedule's largest side, {largest}")
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    begin(args, batch_sizes(phases))
+    train_vae(args, open_data(args.data, args.size or largest, frames, args.workers), phases)
+
+
+def run_dit(args) -> None:
     (w, h), frames = args.size, args.frames
     if args.dim % (2 * args.heads) or args.text_dim % 4:
         raise ValueError(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}, --text-dim of 4")
     if frames % 4 != 1 or w % 16 or h % 16:
         raise ValueError(f"--frames {frames} must be 4k+1 and both sides of --size multiples of 16, not {w}x{h}")
+    begin(args, [args.batch])
+    train_dit(args, open_data(args.data, (h, w), frames, args.workers, keep_aspect=True))
 
 
 def main(argv=None) -> None:
     args = make_parser().parse_args(argv)
-    if args.stage == "vae":
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        args.base, phases = args.out, parse_schedule(args.schedule)
-        largest, frames = max(side for _, _, side, _ in phases), max(frames for _, frames, _, _ in phases)
-        if args.size and args.size < largest:
-            raise ValueError(f"--size {args.size} must be no smaller than the schedule's largest side, {largest}")
-        begin(args, batch_sizes(phases))
-        train_vae(args, open_data(args.data, args.size or largest, frames, args.workers), phases)
-    else:
-        args.base = args.base or args.out
-        check(args)
-        begin(args, [args.batch])
-        (w, h), frames = args.size, args.frames
-        train_dit(args, open_data(args.data, (h, w), frames, args.workers, keep_aspect=True))
+    args.base = getattr(args, "base", None) or args.out
+    dict(vae=run_vae, dit=run_dit)[args.stage](args)
     end_process_group()
 
 

@@ -26,8 +26,6 @@ from kit.media import checkerboard, over
 
 PACKAGES = ("numpy", "safetensors", "tokenizers", "einops", "imageio", "imageio-ffmpeg")
 
-# ---- where it goes
-
 
 def folder_name(prompt: str, seed: int) -> str:
     """The prompt's words, lower case, letters of any script, and the seed. Long prompts often begin alike: one that is
@@ -73,9 +71,6 @@ def result_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-# ---- what goes there
 
 
 @contextmanager

@@ -39,12 +39,9 @@ from kit.command import (average, check_device, end_process_group, is_first, num
 from kit.curves import draw_curves
 from kit.files import replacing, save_json, save_text
 
-# ---- flags
-
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every training. Defaults of lr, betas and weight decay are the official ones; warm-up, decay and
-    clipping, which the official code has not, are ours."""
+    """The flags of every training; warm-up, decay and clipping are ours, the official code has none of them."""
     add = parser.add_argument_group("the run").add_argument
     add("--lr", type=number(1e-12), default=1e-4, metavar="LR", help="learning rate; it falls to 0 (ours) [1e-4]")
     add("--warmup", type=positive, default=100, metavar="N", help="steps in which it rises to --lr (ours) [100]")
@@ -73,9 +70,6 @@ FREE = ("resume", "start", "device", "data", "out", "cache", "workers", "log_eve
         "checkpoint_offload", "accumulate", "compile", "shard", "half")       # may change when a run is resumed
 
 
-# ---- the beginning
-
-
 def begin(args, sizes: list[int]) -> None:
     """Seed, device and place among processes. ValueError for what flags alone tell; sizes: of each step's batch."""
     if not Path(args.base).is_dir():
@@ -88,12 +82,9 @@ def begin(args, sizes: list[int]) -> None:
         shares(size, *ranks(), args.accumulate)
 
 
-# ---- randomness and optimisers
-
-
 def sample_generator(seed: int, step: int, index: int) -> torch.Generator:
     """All the randomness of one sample, `index` in the whole batch of a step; -1: what the whole batch has in common.
-    Torch's generator takes 32 bits of a seed: they are all different for up to 400 000 steps of 10 000 samples."""
+    Of a seed, torch's generator takes 32 bits."""
     return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 10_007 + index) % 2 ** 32)
 
 
@@ -125,9 +116,8 @@ def make_optimizers(module: nn.Module, args) -> list[torch.optim.Optimizer]:
         for name, view in views.items():
             grad = trained[name].grad
             view.grad = None if grad is None else grad.flatten(1)
-    others = {k: p for k, p in trained.items() if k not in views}
     optimizers = []
-    if others:
+    if others := {k: p for k, p in trained.items() if k not in views}:
         optimizers.append(torch.optim.AdamW(groups(others), args.lr, tuple(args.betas), weight_decay=args.weight_decay))
     if views:
         optimizers.append(torch.optim.Muon(groups(views), args.lr, args.weight_decay, adjust_lr_fn="match_rms_adamw"))
@@ -138,9 +128,6 @@ def make_optimizers(module: nn.Module, args) -> list[torch.optim.Optimizer]:
 def learning_rate(step: int, steps: int, lr: float, warmup: int = 100) -> float:
     """Linear warm-up, then linear towards zero."""
     return lr * min((step + 1) / warmup, (steps - step) / steps)
-
-
-# ---- batches from workers
 
 
 class Batches(Dataset):
@@ -177,9 +164,6 @@ def load_batches(batches: Batches, steps: range, args) -> Iterator[list[dict]]:
         yield passes
 
 
-# ---- the run
-
-
 class Run:
     """draw(step, generators) makes a batch of one sample a generator: a dict with "names" of the clips; it runs in
     workers. sizes: of each step's whole batch, as many as there are steps. clips: the data's fingerprint."""
@@ -199,7 +183,9 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if is_first():
-                save_json(self.folder / "run.json", dict(arguments=vars(self.args), versions=versions()))
+                versions = dict(python=platform.python_version(), torch=torch.__version__,
+                                threads=torch.get_num_threads(), processes=processes())
+                save_json(self.folder / "run.json", dict(arguments=vars(self.args), versions=versions))
                 save_text(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
             self.log = open(self.folder / "log.jsonl" if is_first() else os.devnull, "a")
         except OSError as error:
@@ -229,14 +215,13 @@ class Run:
 
     def take_up(self) -> None:
         """--resume: weights, optimisers, step, losses and log of this run; --start: another run's weights."""
-        args = self.args
-        if not args.resume and self.file.exists():
-            raise ValueError(f"{self.folder} holds a run already: --resume goes on with it; or choose another --out, "
-                             "or delete it")
-        if not (args.resume or args.start):
+        resume, start = self.args.resume, self.args.start
+        if not resume and self.file.exists():
+            raise ValueError(f"{self.folder} holds a run already: --resume goes on with it, or choose another --out")
+        if not (resume or start):
             return
-        saved = read_run(self.file if args.resume else args.start, self.trained)
-        if args.resume:
+        saved = read_run(self.file if resume else start, self.trained)
+        if resume:
             self.go_on(saved)
         with torch.no_grad():
             for name, value in saved["model"].items():
@@ -314,7 +299,7 @@ class Run:
             print(json.dumps(self.rows[-1]), file=self.log, flush=True)
             self.bar.set_postfix({k: round(v, 5) for k, v in means.items()})
             self.sums, self.count = {}, 0
-        save = done % self.args.save_every == 0 or last
+        save, self.sheet = done % self.args.save_every == 0 or last, self.folder / f"sheet-{done:06d}.png"
         if save and is_first():
             self.save(done)
         return save and (is_first() or getattr(self.args, "shard", False))      # sharded, all draw together
@@ -327,21 +312,12 @@ class Run:
             temporary.write_bytes(buffer.getbuffer())
         draw_curves(self.folder / "curves.png", self.rows)
 
-    @property
-    def sheet(self) -> Path:
-        return self.folder / f"sheet-{self.step + 1:06d}.png"
-
     def summary(self) -> dict:
         """What the finished run took."""
         steps, peak = len(self.sizes), peak_memory(self.args.device) / 1e9
         return dict(steps=steps, seconds=round(self.earlier + self.seconds, 1),
                     steps_a_second=round((steps - self.start) / self.seconds, 3),
                     waited_for_data=round(self.waited / self.seconds, 4), peak_memory_gb=round(peak, 2))
-
-
-def versions() -> dict:
-    return dict(python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads(),
-                processes=processes())
 
 
 def read_run(file, trained: dict) -> dict:

@@ -36,8 +36,6 @@ from kit.files import TINY
 
 LARGEST_FLOAT8 = 448.0      # of float8_e4m3fn
 
-# ---- blocks that stream
-
 
 class BlockStream(nn.ModuleList):
     """Blocks in host memory. Iterating yields them one by one in two buffers on the device, in turns; on a GPU the next
@@ -96,9 +94,6 @@ class PinnedPages:
         return piece.view(dtype).view(shape)
 
 
-# ---- weights of one byte
-
-
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix (o i) as float8 with float32 scales (o 1): the largest number of each row becomes float8's largest."""
     scale = weight.float().abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_FLOAT8
@@ -131,9 +126,6 @@ def use_fp8(module: nn.Module) -> nn.Module:
         else:
             use_fp8(child)
     return module
-
-
-# ---- several processes
 
 
 def trade(x: Tensor, send: str, receive: str) -> Tensor:
@@ -184,9 +176,6 @@ def shard_block(block: nn.Module, training: bool = False) -> nn.Module:
         whole |= {p for p in block.parameters() if p.requires_grad}
     mesh = init_device_mesh(next(block.parameters()).device.type, (processes(),))
     return fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-
-
-# ---- loading
 
 
 def place_dit(model: WanDiT, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32, device="cpu",
@@ -249,9 +238,6 @@ def check_ways(config: DiTConfig, offload: bool, fp8: bool, shard: bool, split: 
     if split and config.num_heads % processes():
         raise ValueError(f"{config.num_heads} attention heads cannot be split over {processes()} processes; "
                          "start as many as divide them")
-
-
-# ---- blocks in training
 
 
 def checkpoint_blocks(module: nn.Module, kind: type, offload: bool = False) -> None:

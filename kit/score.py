@@ -15,8 +15,6 @@ from kit.clips import COLORS, MATERIALS, SHAPES, distance_table
 from kit.media import over
 from losses import PALETTE
 
-# ---- how near is a clip to another one?
-
 
 def masked_mean(x, mask=None) -> float:
     """Over the pixels where mask (t, h, w) is true, all channels, but those that are nan; nan without any."""
@@ -40,8 +38,7 @@ def ssim_map(x, y):
     blurred = F.conv2d(torch.cat([x, y, x * x, y * y, x * y]), window.view(1, 1, -1, 1))
     blurred = F.conv2d(blurred, window.view(1, 1, 1, -1))
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = F.pad(blurred, (5, 5, 5, 5), value=torch.nan).chunk(5)
-    var_x, var_y = mean_xx - mean_x * mean_x, mean_yy - mean_y * mean_y
-    covariance = mean_xy - mean_x * mean_y
+    var_x, var_y, covariance = mean_xx - mean_x * mean_x, mean_yy - mean_y * mean_y, mean_xy - mean_x * mean_y
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
     structure = (2 * covariance + c2) / (var_x + var_y + c2)
@@ -68,9 +65,6 @@ def compare_clips(rgb, alpha, rgb_hat, alpha_hat) -> dict:
             "alpha": matte, "alpha, region": matte_region, "colour, alpha > 0": colour}
 
 
-# ---- what does it show? Distances are in 64ths of the frame's height
-
-
 def dilate(mask, n: int):
     """Bool (t, h, w), wider by n pixels in every frame, diagonals too."""
     return F.max_pool2d(torch.from_numpy(mask)[:, None].float(), 2 * n + 1, 1, n)[:, 0].bool().numpy()
@@ -90,13 +84,6 @@ def silhouette(alpha):
     """Where alpha is above half the body's, or above the body's less 0.35 if that is more: bool (t, h, w), no halo."""
     level = body_alpha(alpha)
     return alpha > 255 * max(level / 2, level - 0.35, 0.1)
-
-
-def halo_alpha(alpha) -> float:
-    """Mean alpha at a distance of 3 from the silhouette, in [0, 1]."""
-    inside = silhouette(alpha)
-    third = grow(inside, 3) & ~grow(inside, 2)
-    return float(alpha[third].sum() / max(1, third.sum())) / 255
 
 
 def has_holes(alpha) -> bool:
@@ -158,8 +145,7 @@ def aligned(mask, n=48):
 
 
 def named_shape(alpha) -> str:
-    """The shape whose outline overlaps the silhouette best, both stretched to one centre, width and height: the largest
-    intersection over union, mean over the frames of at least median area; none if that is below 0.75."""
+    """By the largest intersection over union with its outline, mean over the frames of at least median area."""
     mask = torch.from_numpy(silhouette(alpha))
     area = mask.sum((1, 2))
     if area.max() == 0:
@@ -171,10 +157,11 @@ def named_shape(alpha) -> str:
 
 
 def shows_material(alpha, material: str) -> bool:
-    """Glass, smoke and bubble share one rule."""
-    level = body_alpha(alpha)
+    """Glass, smoke and bubble share one rule; glow is told by the mean alpha at a distance of 3 from the silhouette."""
+    level, inside = body_alpha(alpha), silhouette(alpha)
     if material == "glow":
-        return level > 0.7 and halo_alpha(alpha) > 0.05
+        halo = alpha[grow(inside, 3) & ~grow(inside, 2)]
+        return level > 0.7 and float(halo.sum()) / max(1, len(halo)) > 0.05 * 255
     return level > 0.95 if material == "solid" else 0.15 < level < 0.85
 
 
@@ -193,9 +180,6 @@ def score_clip(rgb, alpha, attributes: dict) -> dict:
                 no_holes=not has_holes(alpha) if material == "solid" and shape != "ring" else None)
 
 
-# ---- many clips
-
-
 def mean_scores(rows: list[dict], mean=np.nanmean) -> dict:
     """Of several `compare_clips`."""
     return {name: {kind: float(mean([row[name][kind] for row in rows])) for kind in ("psnr", "ssim")}
@@ -210,7 +194,7 @@ def print_scores(title: str, rows: list[dict]) -> None:
 
 
 def passed_of(rows: list[dict]) -> dict[str, list[bool]]:
-    """Score -> whether each clip that it applies to passes."""
+    """Score -> whether it passes, of each clip that it applies to."""
     return {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
 
 
