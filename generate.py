@@ -37,8 +37,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit import open_dit
-from kit.command import (Parser, check_device, end_process_group, from_first, number, pixels, positive, run_command,
-                         start_process_group)
+from kit.command import (Parser, check_device, clip_frames, end_process_group, from_first, number, pixels, positive,
+                         run_command, start_process_group)
 from kit.files import TINY, find_text, find_vae, read_section
 from kit.media import MEDIA, read_rgba, write_rgba
 from kit.memory import check_memory, choose_chunk, latent_size
@@ -296,8 +296,6 @@ def check(args: argparse.Namespace) -> None:
     together and for too little memory: all models are loaded onto the meta device, where they are names and shapes."""
     if min(args.seed) < 0 or max(args.seed) >= 2 ** 63:
         raise ValueError(f"--seed {' '.join(map(str, args.seed))} is not between 0 and 2^63 - 1")
-    if args.frames % 4 != 1:
-        raise ValueError(f"--frames {args.frames} is not 4k+1; give 1, 5, 9, ... frames")
     if not args.vae_adapter:
         raise ValueError(f"{args.base} names no VAE adapter; give --vae-adapter, for example decoder.bin")
     check_names(args.out, args.clips)
@@ -345,7 +343,7 @@ def make_parser() -> Parser:
     clip("prompt", metavar="PROMPT", nargs="?", help="what to show; cut at the token limit")
     clip("--prompts", metavar="FILE", help="instead: a text file of prompts, one a line")
     clip("--size", type=pixels, metavar="WxH", help="width x height in pixels, multiples of 16 (832x480)")
-    clip("--frames", type=positive, metavar="N", help="length, 4k+1 frames (81)")
+    clip("--frames", type=clip_frames, metavar="N", help="length, 4k+1 frames (81)")
     clip("--seed", type=int, nargs="+", default=[0], metavar="N", help="of the noise; several: as many clips [0]")
     clip("--out", default="out", metavar="DIR", help="where each clip's own folder goes [out]")
     steps = parser.add_argument_group("sampling").add_argument

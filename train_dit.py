@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from dit import Block, WanDiT, open_dit
 from dora import adapter_state, add_dora, add_lora
 from kit.batches import draw_latents, encoded, of_one_shape
-from kit.command import Parser, end_process_group, is_first, number, pixels, positive, run_command
+from kit.command import Parser, clip_frames, end_process_group, is_first, number, pixels, positive, run_command
 from kit.data import open_data
 from kit.evaluate import held_out_mse, sample
 from kit.files import (TINY, cache_key, file_key, find_adapter, find_text, find_tokenizer, find_vae, read_section,
@@ -159,7 +159,7 @@ def make_parser() -> Parser:
     add("--unweighted", action="store_true", help="all noise levels weigh alike (the paper), not by w(t)")
     add("--size", type=pixels, metavar="WxH", help="area that clips are scaled to, in their own aspect "
         "[what the base's config.json says, or else 640x624]")
-    add("--frames", type=positive, metavar="N", help="of a clip, 4k+1 [likewise, or else 81]")
+    add("--frames", type=clip_frames, metavar="N", help="of a clip, 4k+1 [likewise, or else 81]")
     add("--variants", type=positive, default=1, metavar="N", help="latents of each clip: the whole on white, then "
         "crops on other palette colours (ours) [1]")
     add("--shard", action="store_true", help="with torchrun: each GPU keeps its part of the frozen matrices")
@@ -168,22 +168,18 @@ def make_parser() -> Parser:
 
 
 def settle(args) -> None:
-    """What the command line left open. ValueError for sizes that the transformer cannot take."""
+    """What the command line left open."""
     said = read_section(args.base)
     args.size = tuple(args.size or said.get("size", (640, 624)))
     args.frames = args.frames or said.get("frames", 81)
     args.vae_adapter = args.vae_adapter or str(find_adapter(args.base))
-    if args.frames % 4 != 1 or any(side % 16 for side in args.size):
-        raise ValueError(f"--frames {args.frames} must be 4k+1 and both sides of --size multiples of 16, not "
-                         f"{args.size[0]}x{args.size[1]}")
 
 
 def main(argv=None) -> None:
     args = make_parser().parse_args(argv)
     settle(args)
     begin(args, [args.batch])
-    (w, h), frames = args.size, args.frames
-    train(args, open_data(args.data, (h, w), frames, args.workers, keep_aspect=True))
+    train(args, open_data(args.data, args.size[::-1], args.frames, args.workers, keep_aspect=True))
     end_process_group()
 
 

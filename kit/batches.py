@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Generator
@@ -19,10 +18,8 @@ from tqdm import tqdm
 from kit.command import ranks
 from kit.data import RGBADataset
 from kit.files import save_tensors
-from kit.media import bleed, premultiply, resize, to_and_fro, unpremultiply
+from kit.media import bleed, premultiply, resize, to_and_fro, to_video, unpremultiply
 from kit.run import sample_generator
-
-# ---- phases of a training
 
 
 def parse_schedule(text: str) -> list[tuple[int, int, int, int]]:
@@ -30,29 +27,16 @@ def parse_schedule(text: str) -> list[tuple[int, int, int, int]]:
     def fits(steps, frames, side, batch):
         return min(steps, frames, batch) > 0 and frames % 4 == 1 and side >= 16 and side % 8 == 0
 
-    phases = []
-    with suppress(ValueError):
+    with suppress(ValueError, TypeError):               # no numbers, or not four of them
         phases = [tuple(map(int, phase.split(":"))) for phase in text.split(",")]
-    if not phases or not all(len(phase) == 4 and fits(*phase) for phase in phases):
-        raise ValueError(f"--schedule {text!r} is not steps:frames:side:batch,... with 4k+1 frames and sides in "
-                         "multiples of 8 from 16 on")
-    return phases
-
-
-def phase_at(phases: list, step: int) -> tuple[int, int, int]:
-    """Frames, side and batch of a step."""
-    for steps, frames, side, batch in phases:
-        if step < steps:
-            return frames, side, batch
-        step -= steps
+        if all(fits(*phase) for phase in phases):
+            return phases
+    raise ValueError(f"--schedule {text!r} is not steps:frames:side:batch,... with 4k+1 frames and sides in multiples "
+                     "of 8 from 16 on")
 
 
 def batch_sizes(phases: list) -> list[int]:
-    """The batch of every step."""
     return [batch for steps, _, _, batch in phases for _ in range(steps)]
-
-
-# ---- clips
 
 
 def crop(rgb, alpha, frames: int, side: int, size: int | None, u):
@@ -68,9 +52,9 @@ def crop(rgb, alpha, frames: int, side: int, size: int | None, u):
     for v in u[2:]:
         middle = inside[int(v * len(inside))] if len(inside) else (v * h, v * w)
         corners.append([np.clip(m - window // 2, 0, full - window) for m, full in zip(middle, (h, w))])
-    ys, xs = (np.broadcast_to(np.linspace(*ends, frames if t == 1 else 1).round().astype(int), frames)
-              for ends in zip(*corners))
-    where = [(i, slice(y, y + window), slice(x, x + window)) for i, y, x in zip(to_and_fro(t, frames, start), ys, xs)]
+    places = np.linspace(*corners, frames if t == 1 else 1).round().astype(int)
+    where = [(i, slice(y, y + window), slice(x, x + window))
+             for i, (y, x) in zip(to_and_fro(t, frames, start), np.broadcast_to(places, (frames, 2)))]
     rgb, alpha = (np.stack([video[place] for place in where]) for video in (rgb, alpha))
     if window == side:
         return bleed(rgb, alpha), alpha
@@ -80,19 +64,15 @@ def crop(rgb, alpha, frames: int, side: int, size: int | None, u):
 def draw_clips(dataset: RGBADataset, phases: list, size: int | None, step: int, generators: list[Generator]) -> dict:
     """rgb (n, 3, frames, side, side) in [-1, 1], alpha (n, 1, ...) in [0, 1] and names of n clips that train, one a
     generator; size as for `crop`."""
-    frames, side, _ = phase_at(phases, step)
+    _, frames, side, _ = [phase for phase in phases for _ in range(phase[0])][step]
     names, clips = [], []
     for generator in generators:
         i = int(torch.randint(dataset.training, (), generator=generator))
         u = torch.rand(4, generator=generator).tolist()
         names.append(dataset.name(i))
-        clips.append(crop(*dataset.source(i), frames, side, size, u))
-    rgb, alpha = (torch.from_numpy(np.stack(part)) for part in zip(*clips))
-    return dict(rgb=rearrange(rgb, "b t h w c -> b c t h w").float() / 127.5 - 1,
-                alpha=alpha.unsqueeze(1).float() / 255, names=names)
-
-
-# ---- latents
+        clips.append(to_video(*crop(*dataset.source(i), frames, side, size, u)))
+    rgb, alpha = map(torch.cat, zip(*clips))
+    return dict(rgb=rgb, alpha=alpha, names=names)
 
 
 def encoded(folder: Path, n: int, item: Callable) -> list[Path]:
@@ -102,27 +82,19 @@ def encoded(folder: Path, n: int, item: Callable) -> list[Path]:
     for i in tqdm(range(rank, n, world), desc="latents", disable=rank > 0):
         key, make = item(i)
         files[i] = folder / f"{key}.safetensors"
-        if not is_whole(files[i]):
-            tensors = make()
-            try:
-                save_tensors(files[i], tensors)
-            except OSError as error:
-                raise OSError(f"cannot write latents into {folder} ({error.strerror}): make room or choose another "
-                              "--cache") from None
+        with suppress(FileNotFoundError, SafetensorError), safe_open(files[i], "pt"):
+            continue                                    # it is there, and nothing of it is missing
+        tensors = make()
+        try:
+            save_tensors(files[i], tensors)
+        except OSError as error:
+            raise OSError(f"cannot write latents into {folder} ({error.strerror}): make room or choose another "
+                          "--cache") from None
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, files)
         files = {i: file for part in parts for i, file in part.items()}
     return [files[i] for i in range(n)]
-
-
-def is_whole(file: Path) -> bool:
-    """A file of tensors of which nothing is missing."""
-    try:
-        with safe_open(file, "pt"):
-            return True
-    except (FileNotFoundError, SafetensorError):
-        return False
 
 
 def latent_shape(file: Path) -> tuple:

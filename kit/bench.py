@@ -22,7 +22,7 @@ import torch
 
 from dit import Block, DiTConfig, WAN_14B, WAN_1_3B, WanDiT, open_dit
 from dora import adapter_state, add_dora, merge_adapter
-from kit.command import Parser, check_device, free_memory, measured, pixels, positive, run_command
+from kit.command import Parser, check_device, clip_frames, free_memory, measured, pixels, positive, run_command
 from kit.files import Checkpoint, find_dit, read_checkpoint, save_json, save_tensors
 from kit.memory import dit_memory, latent_size, training_memory
 from kit.scale import checkpoint_blocks, load_scaled, place_dit
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("model", nargs="?", choices=SIZES, default="1.3B", help="[1.3B]; tiny is a dry run")
     flag("--blocks", type=positive, metavar="N", help="only so many blocks of the transformer [all]")
     flag("--size", type=pixels, metavar="WxH", help="in pixels, multiples of 16 [416x240; clip 832x480]")
-    flag("--frames", type=positive, metavar="N", help="4k+1 [17; clip 81]")
+    flag("--frames", type=clip_frames, metavar="N", help="4k+1 [17; clip 81]")
     flag("--steps", type=positive, metavar="N", help="passes or steps; a GPU warms up in the first [1; clip 4]")
     flag("--offload", action="store_true", help="stream the blocks from host memory")
     flag("--fp8", action="store_true", help="linear weights of the blocks in 8 bits")
@@ -200,8 +200,6 @@ def main(argv: list[str] | None = None) -> None:
     check_device(args.device)
     if args.command == "train" and (args.offload or args.fp8):
         raise ValueError("train goes with neither --offload nor --fp8")
-    if args.frames % 4 != 1 or any(side % 16 for side in args.size):
-        raise ValueError(f"--frames {args.frames} must be 4k+1 and both sides of --size multiples of 16")
     config, args.vae = SIZES[args.model]
     args.config = replace(config, num_layers=args.blocks or config.num_layers)
     args.dtype = getattr(torch, args.dtype)

@@ -15,14 +15,13 @@ from collections import namedtuple
 from functools import cache
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kit.command import Parser, positive, run_command, whole
+from kit.command import Parser, clip_frames, positive, run_command, whole
 from kit.files import save_text
 from kit.media import PICTURES, contact_sheet, decode, premultiply, resize, unpremultiply, words, write_rgba
 
@@ -43,6 +42,7 @@ COMBINATIONS = [dict(shape=s, color=c, material=m, motion=v)
                 for s, c, m, v in product(SHAPES, COLORS, MATERIALS, MOTIONS)]
 REACH = 1.6                                                               # half width of a distance table, in radii
 Clip = namedtuple("Clip", "rgb alpha caption attributes")                 # uint8 (t, h, w, 3) straight and (t, h, w)
+Place = namedtuple("Place", "u v unit sd depth facing spot body pixel")
 
 
 @cache
@@ -181,7 +181,7 @@ def noise(rng, u, v):
 
 
 def place(shape, radius, track, h, w):
-    """Where each pixel lies in the object: u, v, distance in radii (unit) and heights (sd), ..., (t, h, w) each."""
+    """Where each pixel lies in the object: distance in radii (unit) and heights (sd), ..., (t, h, w) each."""
     (x, y), (sx, sy) = np.asarray(track, np.float32)[..., None, None]
     u = ((np.arange(w, dtype=np.float32) + 0.5) / h - x) / (radius * sx)
     v = ((np.arange(h, dtype=np.float32)[:, None] + 0.5) / h - y) / (radius * sy)
@@ -193,8 +193,7 @@ def place(shape, radius, track, h, w):
     facing = (1 - depth) * -(0.55 * nx + 0.75 * ny)                       # towards a light from above left
     spot_u, spot_v = {"ring": (-0.52, -0.52), "drop": (-0.24, 0.22), "leaf": (0.18, -0.44)}.get(shape, (-0.30, -0.34))
     spot = np.exp(-((u - spot_u) ** 2 + (v - spot_v) ** 2 * 1.6) / 0.022, dtype=np.float32) * smoothstep(-unit, 0, 0.1)
-    return SimpleNamespace(u=u, v=v, unit=unit, sd=sd, depth=depth, facing=facing, spot=spot,
-                           body=np.clip(0.5 - sd * h, 0, 1), pixel=1 / (radius * h))
+    return Place(u, v, unit, sd, depth, facing, spot, body=np.clip(0.5 - sd * h, 0, 1), pixel=1 / (radius * h))
 
 
 def shaded(shape, base, p):
@@ -267,8 +266,8 @@ def second_object(rng, size, frames, main):
 
 
 def procedural_clip(seed: int, size=64, frames=17, split="train", two=0.12, **fixed) -> Clip:
-    """Same arguments, same bytes. size: side or (h, w); split: "train" never shows a held-out combination, "test" only
-    those; two: share of clips with a second, small object; fixed pins shape=, color=, material=, motion=. ValueError."""
+    """Same arguments, same bytes. size: side or (h, w); split: "train" shows no held-out combination, "test" no other;
+    two: share of clips with a second, small object; fixed pins shape=, color=, material=, motion=. ValueError."""
     size = (size, size) if isinstance(size, int) else size
     rng, material_rng = np.random.default_rng([seed, 64]), np.random.default_rng([seed, 65])
     attributes = choose(rng, split, fixed) | dict(second=False, wording=int(rng.integers(40)))
@@ -341,12 +340,12 @@ def main(argv=None):
     add("folder", nargs="?", help="where to write")
     add("--clips", type=positive, default=2000, help="how many")
     add("--size", type=positive, default=64, help="height and width, pixels, a multiple of 16")
-    add("--frames", type=positive, default=17, help="per clip, 4k+1")
+    add("--frames", type=clip_frames, default=17, help="per clip, 4k+1")
     add("--seed", type=whole, default=0, help="same seed, same bytes")
     add("--sprites", help="folder of pictures to animate instead; their names are the captions")
     args = parser.parse_args(argv)
-    if args.size % 16 or args.frames % 4 != 1:
-        raise ValueError(f"--size {args.size} must be a multiple of 16 and --frames {args.frames} 4k+1 (1, 5, 9, ...).")
+    if args.size % 16:
+        raise ValueError(f"--size {args.size} must be a multiple of 16.")
     if args.folder:
         return write_clips(Path(args.folder), args)
     clips = [procedural_clip(i, shape=SHAPES[i], color=list(COLORS)[i], motion=MOTIONS[i]) for i in range(8)]

@@ -43,6 +43,12 @@ def whole(text: str, least: int = 0) -> int:
 positive = partial(whole, least=1)
 
 
+def clip_frames(text: str) -> int:
+    if not text.isdecimal() or int(text) % 4 != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 4k+1: give 1, 5, 9, ... frames")
+    return positive(text)
+
+
 def number(low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a finite number from low to high."""
     def parse(text):
@@ -60,8 +66,8 @@ def number(low: float, high: float = math.inf) -> Callable[[str], float]:
 def pixels(text: str) -> tuple[int, int]:
     """"832x480", width x height, or "64", one side of a square -> (w, h)."""
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in pixels, such as 832x480, or one side")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) and int(side) % 16 == 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 832x480, or one side: multiples of 16")
     return int(sides[0]), int(sides[-1])
 
 

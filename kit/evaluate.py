@@ -5,8 +5,7 @@
     python -m kit.evaluate dit                  # does the transformer show what 200 unseen prompts name?
 
 Tables on stdout; in --out eval.json, and to look at the first eight clips, each beside its target, as eval/, or the
-clips of the first ten prompts as eval.png. Noise depends on --seed and a clip's number alone: scores can be compared.
-dtype rule: float32 throughout.
+clips of the first ten prompts as eval.png. All in float32. Noise depends on --seed and a clip's number alone.
 """
 import sys
 from collections import Counter
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from dit import load_dit
 from kit.clips import COMBINATIONS, caption_of, held_out, procedural_clip
-from kit.command import Parser, check_device, number, pixels, positive, run_command, whole
+from kit.command import Parser, check_device, clip_frames, number, pixels, positive, run_command, whole
 from kit.data import RGBADataset
 from kit.files import TINY, find_adapter, find_dit, find_vae, read_checkpoint, read_section, save_json
 from kit.media import contact_sheet, to_clip, to_video, write_rgba
@@ -29,7 +28,6 @@ from merge import WHITE, load_rgba_vae
 from sampler import ellipse_mask, euler, flow_target, interpolate, sample_noise, shift_noise, shifted_sigmas
 from text import load_text_encoder
 
-CHUNK = 4               # latent frames decoded at a time: bounds memory, changes no result
 BATCH = 20              # prompts at a time
 USUAL = dict(vae=dict(size=[64, 64], frames=17), dit=dict(size=[640, 624], frames=81, mean=0.05, shift=5.0))
 
@@ -103,7 +101,7 @@ def sample(dit, rgba, contexts, masks, mean=0.05, shift=5.0, steps=4, seed=0, de
     noise = shift_noise(noise, masks, mean).to(device)
     contexts = [context.to(device) for context in contexts]
     *_, (_, z) = euler(lambda z, t: dit(z, t, contexts), noise, shifted_sigmas(steps, shift))
-    return [to_clip(*pair) for pair in zip(*rgba.decode(z, CHUNK))]
+    return [to_clip(*pair) for pair in zip(*rgba.decode(z, 4))]            # 4 frames of z at a time bound memory
 
 
 def evaluate_dit(text, dit, rgba, prompts, mask, seed=0, **options) -> tuple[list, list[dict]]:
@@ -126,9 +124,8 @@ def ellipse_control(clips_of) -> dict:
     def follows(asked, ellipse_of, measure):
         pairs = [(value, measure(alpha)) for value in asked for _, alpha in clips_of(ellipse_of(value))]
         return float(np.corrcoef(*zip(*pairs))[0, 1])
-    position = follows((0.3, 0.5, 0.7), lambda x: (0, x, 0.5, 0.35, 0.35, 0), middle)
-    size = follows((0.25, 0.45), lambda half: (0, 0.5, 0.5, half, half, 0), lambda alpha: alpha.mean() ** 0.5)
-    return dict(position=position, size=size)
+    return dict(position=follows((0.3, 0.5, 0.7), lambda x: (0, x, 0.5, 0.35, 0.35, 0), middle),
+                size=follows((0.25, 0.45), lambda r: (0, 0.5, 0.5, r, r, 0), lambda alpha: alpha.mean() ** 0.5))
 
 
 @torch.no_grad()
@@ -140,19 +137,16 @@ def held_out_mse(step, files: list, rounds: int = 4) -> float:
     return round(float(torch.stack(errors).mean()), 4)
 
 
-def find_clips(args) -> tuple:
-    """Names of the clips to score, and a function that brings one: of a folder, or else unseen procedural ones."""
-    size = args.size[::-1]
+def run_vae(args) -> None:
+    out, size = Path(args.out), args.size[::-1]
     if args.data:
         dataset = RGBADataset(args.data, size, args.frames)
-        return [dataset.name(i) for i in range(len(dataset))], dataset.clip
-    names = [f"{i:02d}" for i in range(args.clips)]
-    return names, lambda i: procedural_clip(10 ** 9 + i, size, args.frames, split="test")[:2]
+        title, names, clip = "clips", [dataset.name(i) for i in range(len(dataset))], dataset.clip
+    else:
+        title, names = "unseen clips", [f"{i:02d}" for i in range(args.clips)]
 
-
-def run_vae(args) -> None:
-    out, (names, clip) = Path(args.out), find_clips(args)
-    title = "clips" if args.data else "unseen clips"
+        def clip(i):
+            return procedural_clip(10 ** 9 + i, size, args.frames, split="test")[:2]
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
     rows = evaluate_vae(rgba, map(clip, range(len(names))), args.naive)
     print_scores(title, rows)
@@ -170,15 +164,15 @@ def run_vae(args) -> None:
 
 
 def run_dit(args) -> None:
-    out, (width, height), prompts = Path(args.out), args.size, unseen_prompts(args.prompts)
+    out, prompts = Path(args.out), unseen_prompts(args.prompts)
+    mask_of = partial(ellipse_mask, args.frames, *args.size[::-1])
     dit = load_dit(args.base, [(args.dora or f"{args.base}/t2v.safetensors", 1.0)], device=args.device)
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
     options = dict(mean=args.mean, shift=args.shift, seed=args.seed, device=args.device)
     evaluate = partial(evaluate_dit, load_text_encoder(args.base), dit, rgba, **options)
-    centred = ellipse_mask(args.frames, height, width)
     record = dict(arguments=vars(args), scores={})
     for steps in (*args.steps, 4):
-        clips, rows = evaluate(prompts, centred, steps=steps)
+        clips, rows = evaluate(prompts, mask_of(), steps=steps)
         record["scores"][str(steps)] = shares_of(rows)
         print(f"\n{len(prompts)} unseen prompts, {steps} Euler steps, shift {args.shift}, mean {args.mean}")
         print(score_table(rows))
@@ -187,9 +181,8 @@ def run_dit(args) -> None:
     print("\neval.png shows, after 4 steps:", *(prompt for prompt, _ in prompts[:10]), sep="\n  ")
     record["clips"] = [dict(prompt=prompt, **row) for (prompt, _), row in zip(prompts, rows)]
     if not args.brief:
-        print(f"\n4 steps, mean shift off\n{score_table(evaluate(prompts, centred, mean=0.0)[1])}")
-        record["ellipse"] = ellipse_control(
-            lambda ellipse: evaluate(prompts[:20], ellipse_mask(args.frames, height, width, [ellipse]))[0])
+        print(f"\n4 steps, mean shift off\n{score_table(evaluate(prompts, mask_of(), mean=0.0)[1])}")
+        record["ellipse"] = ellipse_control(lambda ellipse: evaluate(prompts[:20], mask_of([ellipse]))[0])
         for name, value in record["ellipse"].items():
             print(f"correlation of the ellipse's {name} with the object's: {value:.2f}")
     save_json(out / "eval.json", record)
@@ -205,7 +198,7 @@ def parse_args(argv=None):
         add("--out", default=f"runs/{name}", metavar="DIR", help="for eval.json and clips to look at [%(default)s]")
         add("--vae-adapter", metavar="FILE", help="of the VAE [Wan-Alpha-v2-VAE.safetensors in --base]")
         add("--size", type=pixels, metavar="WxH", help="multiples of 16 [this and --frames: as --base's config.json]")
-        add("--frames", type=positive, metavar="N", help="of a clip, 4k+1")
+        add("--frames", type=clip_frames, metavar="N", help="of a clip, 4k+1")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 [%(default)s]")
     vae("data", nargs="?", help="folder of RGBA clips; without one unseen procedural clips are scored")
     vae("--clips", type=positive, default=64, metavar="N", help="how many procedural clips [64]")
@@ -228,8 +221,6 @@ def settle(args):
         if getattr(args, name) is None:
             setattr(args, name, said.get(name, usual))
     args.vae_adapter = args.vae_adapter or str(find_adapter(args.base))
-    if args.frames % 4 != 1 or any(side % 16 for side in args.size):
-        raise ValueError(f"--frames {args.frames} must be 4k+1, the sides of --size {args.size} multiples of 16")
     return args
 
 

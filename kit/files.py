@@ -191,9 +191,11 @@ def read_json(path) -> dict:
 COUNT = (lambda x: type(x) is int and x > 0), "a whole number above 0"
 NUMBER = (lambda x: type(x) in (int, float) and math.isfinite(x)), "a finite number"
 ABOVE = (lambda x: NUMBER[0](x) and x > 0), "a finite number above 0"
-SIDES = (lambda x: isinstance(x, list) and len(x) == 2 and all(map(COUNT[0], x))), "[width, height]"
+FRAMES = (lambda x: COUNT[0](x) and x % 4 == 1), "4k+1"
+SIDES = (lambda x: isinstance(x, list) and len(x) == 2 and all(COUNT[0](n) and n % 16 == 0 for n in x)), (
+    "[width, height] in multiples of 16")
 NAME = (lambda x: x is None or isinstance(x, str)), "a file's name"
-SECTION = dict(size=SIDES, frames=COUNT, steps=COUNT, fps=ABOVE, shift=ABOVE, guidance=NUMBER, mean=NUMBER,
+SECTION = dict(size=SIDES, frames=FRAMES, steps=COUNT, fps=ABOVE, shift=ABOVE, guidance=NUMBER, mean=NUMBER,
                vae_adapter=NAME, dora=NAME, distill=NAME)      # of "generate": what a value must be
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dit import Block, DiTConfig, WanDiT
 from kit.batches import batch_sizes, draw_clips, draw_latents, encoded, latent_shape, of_one_shape, parse_schedule
-from kit.command import Parser, average, end_process_group, is_first, number, pixels, positive, run_command
+from kit.command import Parser, average, clip_frames, end_process_group, is_first, number, pixels, positive, run_command
 from kit.data import open_data
 from kit.evaluate import held_out_mse
 from kit.files import cache_key, file_key, find_tokenizer, find_vae, save_json, save_tensors, save_text, stored
@@ -236,7 +236,7 @@ def make_parser() -> Parser:
     add("--base", metavar="DIR", help="folder with the VAE [--out]")
     add("--cache", default="runs/cache", metavar="DIR", help="encoded latents [runs/cache]")
     add("--size", type=pixels, default=(64, 64), metavar="WxH", help="area of the clips [64]")
-    add("--frames", type=positive, default=17, metavar="N", help="of a clip, 4k+1 [17]")
+    add("--frames", type=clip_frames, default=17, metavar="N", help="of a clip, 4k+1 [17]")
     add("--steps", type=positive, default=3000, metavar="N", help="[3000]")
     add("--batch", type=positive, default=32, metavar="B", help="latents a step [32]")
     add("--dim", type=positive, default=192, metavar="D", help="width of the transformer [192]")
@@ -263,13 +263,10 @@ def run_vae(args) -> None:
 
 
 def run_dit(args) -> None:
-    (w, h), frames = args.size, args.frames
     if args.dim % (2 * args.heads) or args.text_dim % 4:
         raise ValueError(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}, --text-dim of 4")
-    if frames % 4 != 1 or w % 16 or h % 16:
-        raise ValueError(f"--frames {frames} must be 4k+1 and both sides of --size multiples of 16, not {w}x{h}")
     begin(args, [args.batch])
-    train_dit(args, open_data(args.data, (h, w), frames, args.workers, keep_aspect=True))
+    train_dit(args, open_data(args.data, args.size[::-1], args.frames, args.workers, keep_aspect=True))
 
 
 def main(argv=None) -> None:

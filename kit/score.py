@@ -55,7 +55,7 @@ def compare_pairs(pairs: list, *masks) -> list[dict]:
 def compare_clips(rgb, alpha, rgb_hat, alpha_hat) -> dict:
     """PSNR in dB and SSIM of a result against its target: soft renders, their mean over the 8 palette colours, and
     alpha, over the whole frame and in the object's region (alpha > 0, two pixels wider); colour where alpha > 0."""
-    region = dilate(alpha > 0, 2)
+    region = grow(alpha > 0, 2, height=alpha.shape[1])
     palette = [(color + 1) / 2 * 255 for color in PALETTE.numpy()]
     renders = [(over(rgb, alpha, color), over(rgb_hat, alpha_hat, color)) for color in palette]
     render, render_region = compare_pairs(renders, None, region)
@@ -65,13 +65,10 @@ def compare_clips(rgb, alpha, rgb_hat, alpha_hat) -> dict:
             "alpha": matte, "alpha, region": matte_region, "colour, alpha > 0": colour}
 
 
-def dilate(mask, n: int):
-    """Bool (t, h, w), wider by n pixels in every frame, diagonals too."""
+def grow(mask, n, height=64):
+    """Bool (t, h, w), wider by n pixels of frames of that height, at least by one pixel, diagonals too."""
+    n = max(1, round(n * mask.shape[1] / height))
     return F.max_pool2d(torch.from_numpy(mask)[:, None].float(), 2 * n + 1, 1, n)[:, 0].bool().numpy()
-
-
-def grow(mask, distance):
-    return dilate(mask, max(1, round(distance * mask.shape[1] / 64)))
 
 
 def body_alpha(alpha) -> float:

@@ -5,8 +5,6 @@ their names.
 """
 import ast
 import errno
-import hashlib
-import inspect
 import json
 import math
 import multiprocessing
@@ -24,10 +22,11 @@ import time
 import weakref
 import zlib
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
-from itertools import accumulate, count
+from itertools import accumulate, count, product
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -39,21 +38,19 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.profiler import profile, ProfilerActivity
 
 import dora
 import generate
 import train_dit
 import train_vae
-from dit import Block, DiTConfig, load_dit, open_dit, resident_dtype, WAN_14B, WAN_1_3B, WanDiT
+from dit import Block, DiTConfig, load_dit, open_dit, WAN_14B, WAN_1_3B, WanDiT
 from dora import adapter_state, add_dora, add_lora, load_adapter_state, merge_adapter
-from kit import (ablate, adapter, batches, bench, clips, curves, data, evaluate, files, memory, pretrain, result, run,
-                 scale)
+from kit import ablate, adapter, batches, bench, clips, curves, data, evaluate, memory, pretrain, result, run, scale
 from kit.clips import caption_of, COLORS, held_out, MATERIALS, MOTIONS, procedural_clip, SHAPES
-from kit.command import kernel_says, Parser, run_command
+from kit.command import Parser, run_command
 from kit.data import open_data, RGBADataset
 from kit.evaluate import eval_generator
-from kit.files import cache_key, Checkpoint, save_tensors
+from kit.files import cache_key, Checkpoint, file_key, read_checkpoint, save_json, save_tensors
 from kit.media import (area_size, bleed, checkerboard, contact_sheet, cover, over, read_pair, read_rgba, to_clip,
                        write_rgba)
 from kit.run import load_batches, Run, sample_generator, shares
@@ -270,15 +267,8 @@ def same(state, expected):
     assert state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
 
 
-# ---- procedural clips
-
-
 def command_of(module):
     return lambda argv: run_command(lambda: module.main(argv), module.__name__)
-
-
-def write_clip(path, clip, frames=slice(None)):
-    write_rgba(path, clip.rgb[frames], clip.alpha[frames])
 
 
 def grey(alpha):
@@ -294,7 +284,7 @@ def content_of(folder):
 
 
 def test_objects_stay_inside_the_frame_and_a_second_one_is_named_and_drawn():
-    for seed in range(60):
+    for seed in range(40):
         size = (64, (48, 80), (80, 48), 96)[seed % 4]
         alpha = procedural_clip(seed, size=size, frames=9, two=0.5).alpha
         assert max(alpha[:, 0].max(), alpha[:, -1].max(), alpha[:, :, 0].max(), alpha[:, :, -1].max()) == 0, seed
@@ -326,7 +316,6 @@ def test_captions_name_shape_colour_material_motion_and_mostly_transparency():
         texts = [caption_of(attributes | dict(material=material), wording) for wording in range(40)]
         assert all(word in text.lower() for text in texts for word in ("ball", "red", "bouncing", name))
         assert all(("transparent background" in text) == (i % 5 in (0, 2)) for i, text in enumerate(texts))
-    assert len({*texts}) == 15                                            # of a bubble, which has two adjectives
 
 
 def test_the_clips_command_is_reproducible_and_reads_back(tmp_path, capsys):
@@ -346,9 +335,8 @@ def test_sprites_move_and_keep_their_name(tmp_path):
     y, x = np.mgrid[:40, :60]
     alpha = np.where(np.hypot((x - 30) / 25, (y - 20) / 15) < 1, 255, 0).astype(np.uint8)[None]
     rgb = np.stack([np.where(alpha, colour, 0) for colour in (200, 100, 0)], -1).astype(np.uint8)
-    for name in ("in/rubber_duck.png", "in/.hidden/other.png"):
-        write_rgba(tmp_path / name, rgb, alpha)
-    write_rgba(tmp_path / "in/opaque.png", rgb)
+    for name, matte in {"rubber_duck.png": alpha, ".hidden/other.png": alpha, "opaque.png": None}.items():
+        write_rgba(tmp_path / "in" / name, rgb, matte)
     clips.main(f"{tmp_path}/out --sprites {tmp_path}/in --clips 6 --size 48 --frames 5".split())
     for line in map(json.loads, (tmp_path / "out/metadata.jsonl").read_text().splitlines()):
         rgb, alpha = read_rgba(tmp_path / "out" / line["file"])
@@ -368,27 +356,24 @@ def test_wrong_arguments_exit_with_2_and_a_sentence(arguments, word, tmp_path, c
     assert not (tmp_path / "x").exists()
 
 
-# ---- media, pixels
-
-
 @pytest.mark.parametrize("name", ["clip.apng", "clip.png", "clip.webp", "clip.zip", "folder"])
 def test_lossless_media_return_every_byte(tmp_path, name):
     clip = procedural_clip(1, size=(31, 33), frames=6, material="smoke", two=0)
     pairs = [0, 0, 1, 1, 2, 2]                                            # equal frames must not be merged
     rgb, alpha = clip.rgb[pairs], clip.alpha[pairs]
     assert (rgb[alpha == 0] > 0).any()                                    # colour under alpha 0 must not be dropped
-    write_rgba(tmp_path / name, rgb, alpha)
-    write_rgba(tmp_path / name, rgb[:4], alpha[:4])                       # overwriting leaves nothing behind
-    first = content_of(tmp_path)
-    assert same_bytes(read_rgba(tmp_path / name), (rgb[:4], alpha[:4]))
-    write_rgba(tmp_path / name, rgb[:4], alpha[:4])
-    assert content_of(tmp_path) == first
+    written = []
+    for n in (6, 4, 4):                                                   # overwriting leaves nothing behind
+        write_rgba(tmp_path / name, rgb[:n], alpha[:n])
+        written.append(content_of(tmp_path))
+        assert same_bytes(read_rgba(tmp_path / name), (rgb[:n], alpha[:n]))
+    assert written[1] == written[2]
 
 
 @pytest.mark.parametrize("name", ["clip.webm", "clip.mov"])
 def test_videos_return_alpha_and_straight_colour(tmp_path, name):
     clip = procedural_clip(2, size=(64, 61), frames=5, shape="cube", color="green", material="glass", motion="growing")
-    write_clip(tmp_path / name, clip)
+    write_rgba(tmp_path / name, *clip[:2])
     rgb, alpha = read_rgba(tmp_path / name)
     assert rgb.shape == clip.rgb.shape and [p.name for p in tmp_path.iterdir()] == [name]
     assert np.abs(alpha.astype(float) - clip.alpha).mean() < 1
@@ -397,38 +382,28 @@ def test_videos_return_alpha_and_straight_colour(tmp_path, name):
     assert np.abs(rgb[half].astype(float) - clip.rgb[half]).mean() < 12
 
 
-def test_a_video_may_be_of_odd_size_and_shorter_than_its_sound(tmp_path):
-    write_rgba(tmp_path / "mute.mp4", procedural_clip(2, size=(33, 47), frames=8).rgb)
-    command = "-f lavfi -i anullsrc=r=8000:cl=mono -t 3 -c:v copy -c:a aac"
-    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", tmp_path / "mute.mp4", *command.split(),
-                    tmp_path / "sound.mp4"], check=True)
-    assert read_rgba(tmp_path / "sound.mp4")[0].shape == (8, 34, 48, 3)
-
-
-@pytest.mark.parametrize("times, shown", [([40, 80, 40, 120], [0, 1, 1, 2, 3, 3, 3]), ([33, 33, 34, 33], [0, 1, 2, 3])])
-def test_frames_shown_longer_come_back_more_often(times, shown, tmp_path):
-    clip = procedural_clip(2, size=32, frames=4, motion="rising", two=0)
-    first, *others = map(Image.fromarray, np.concatenate([clip.rgb, clip.alpha[..., None]], -1))
-    first.save(tmp_path / "a.png", save_all=True, append_images=others, duration=times)
-    assert np.array_equal(read_rgba(tmp_path / "a.png")[1], clip.alpha[shown])
-
-
-def test_png_of_every_mode_reads_as_eight_bits(tmp_path):
+def test_media_of_every_mode_rate_and_size_are_read(tmp_path):
     x = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(x.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     Image.fromarray(x).convert("P").save(tmp_path / "palette.png")
     Image.fromarray(x).save(tmp_path / "keyed.png", transparency=7)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder/0.png").write_bytes((tmp_path / "deep.png").read_bytes())
     for path in tmp_path.iterdir():
         alpha = np.where((x == 7) & (path.name == "keyed.png"), 0, 255)
         assert same_bytes(read_rgba(path), (grey(x[None]), alpha[None])), path
+    for times, shown in (([40, 80, 40, 120], [0, 1, 1, 2, 3, 3, 3]), ([33, 33, 34, 33], [0, 1, 2, 3])):
+        first, *others = (Image.fromarray(np.roll(x, i)) for i in range(4))
+        first.save(tmp_path / "a.png", save_all=True, append_images=others, duration=times)
+        assert np.array_equal(read_rgba(tmp_path / "a.png")[0][..., 0], np.stack([np.roll(x, i) for i in shown]))
+    write_rgba(tmp_path / "mute.mp4", procedural_clip(2, size=(33, 47), frames=8).rgb)
+    command = f"-v error -i {tmp_path}/mute.mp4 -f lavfi -i anullsrc=r=8000:cl=mono -t 3 -c:v copy -c:a aac"
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *command.split(), tmp_path / "sound.mp4"], check=True)
+    assert read_rgba(tmp_path / "sound.mp4")[0].shape == (8, 34, 48, 3)   # longer than its pictures
 
 
 def test_wrong_media_is_one_sentence(tmp_path):
     clip = procedural_clip(4)
     for name in ("half.apng", "half.webm", "half.mov", "half.webp", "empty.png", "empty.mp4", "empty.zip"):
-        write_clip(tmp_path / name, clip)
+        write_rgba(tmp_path / name, *clip[:2])
         os.truncate(tmp_path / name, (tmp_path / name).stat().st_size // 2 if "half" in name else 0)
     (tmp_path / "folder").mkdir()
     for path in tmp_path.iterdir():
@@ -443,14 +418,12 @@ def test_wrong_media_is_one_sentence(tmp_path):
 def test_resizing_weighs_colour_by_alpha(tmp_path):
     y, x = np.mgrid[:90, :120] + 0.5
     alpha = (255 * (np.hypot(x - 60, y - 45) < 30)).astype(np.uint8)[None]
-    rgb = grey(np.where(alpha > 0, 240, 60).astype(np.uint8))             # dark around the disc
-    write_rgba(tmp_path / "disc.png", rgb, alpha)
-    rgb, alpha = RGBADataset(tmp_path, size=(32, 32), frames=1).clip(0)
+    rgb, alpha = cover(grey(np.where(alpha > 0, 240, 60).astype(np.uint8)), alpha, (32, 32))  # dark around the disc
     assert rgb.min() > 237 and rgb.max() < 243 and ((alpha > 0) & (alpha < 255)).sum() > 20   # no dark or bright edge
     assert abs((alpha / 255).sum() - np.pi * (30 * 32 / 90) ** 2) < 8      # covers: scaled by the height, middle kept
-    (tmp_path / "disc.png").unlink()
-    write_clip(tmp_path / "long", procedural_clip(3, size=(300, 700), frames=9))              # resized in parts
-    assert same_bytes(RGBADataset(tmp_path, (64, 48), 9).clip(0), cover(*read_rgba(tmp_path / "long"), (64, 48)))
+    clip = procedural_clip(3, size=(300, 700), frames=9)                  # resized in parts
+    frames = [cover(clip.rgb[[i]], clip.alpha[[i]], (64, 48)) for i in range(9)]
+    assert same_bytes(cover(*clip[:2], (64, 48)), map(np.concatenate, zip(*frames)))
 
 
 def test_figures_show_colour_and_alpha(tmp_path, monkeypatch, capsys):
@@ -467,57 +440,49 @@ def test_figures_show_colour_and_alpha(tmp_path, monkeypatch, capsys):
     assert Image.open("out/procedural.png").size == (2 * 6 * 128, 8 * 128) and "yellow" in capsys.readouterr().out
 
 
-# ---- the data set
-
-
-def lab_folder(root, columns):
-    """Clips in every layout that is accepted, 64 x 64 and 5 frames; returns the captions by name."""
+def test_a_folder_is_taken_as_a_lab_has_it(tmp_path):
     clip = procedural_clip(4, frames=5, two=0)
     for name, rgb in {"pairs/x.mp4": clip.rgb, "pairs/x_seg.mp4": grey(clip.alpha), "csv/fgr/a.mp4": clip.rgb,
                       "csv/fgr/a_alpha.mp4": 255 - grey(clip.alpha), "csv/pha/a.mp4": grey(clip.alpha),
-                      "csv/own_mask.png": 0 * clip.rgb}.items():            # the csv says otherwise of two
-        write_rgba(root / name, rgb)
-    for name in ("2.webm", "10.mov", "01.webp", "1.webp", "b/frames", ".hidden/a.png", "csv/own.apng", "csv/frames/1"):
-        write_clip(root / name, clip)
-        (root / f"{name.split('.')[0]}.txt").write_text(f"caption of {name}", encoding="utf-8-sig")
-    write_clip(root / "red_still.png", clip, slice(1))
-    (root / "b/frames/._0000.png").write_bytes(b"no picture")
-    (root / "csv/metadata.csv").write_bytes(
-        f"\ufeffid,{columns}\r\n0,fgr/a.mp4,pha/a.mp4,\"a, b\nof a csv\"\r\n1,own.apng,,\r\n,,,\r\n"
-        f"2,{(root / 'csv/frames/1').resolve()},,frames\r\n".encode())
-    own = ("01.webp", "1.webp", "2.webm", "10.mov", "b/frames")
-    return clip, {name: f"caption of {name}" for name in own} | {
+                      "csv/own_mask.png": 0 * clip.rgb}.items():          # the csv says otherwise of two
+        write_rgba(tmp_path / name, rgb)
+    own = ["01.webp", "1.webp", "2.webm", "10.mov", "b/frames"]
+    for name in (*own, ".hidden/a.png", "csv/own.apng", "csv/frames/1"):
+        write_rgba(tmp_path / name, *clip[:2])
+        (tmp_path / f"{name.split('.')[0]}.txt").write_text(f"caption of {name}", encoding="utf-8-sig")
+    write_rgba(tmp_path / "red_still.png", clip.rgb[:1], clip.alpha[:1])
+    (tmp_path / "b/frames/._0000.png").write_bytes(b"no picture")
+    (tmp_path / "csv/metadata.csv").write_bytes(
+        "\ufeffid,video_fgr,video_pha,prompt\r\n0,fgr/a.mp4,pha/a.mp4,\"a, b\nof a csv\"\r\n1,own.apng,,\r\n,,,\r\n"
+        f"2,{(tmp_path / 'csv/frames/1').resolve()},,frames\r\n".encode())
+    captions = {name: f"caption of {name}" for name in own} | {
         "csv/fgr/a.mp4": "a, b\nof a csv", "csv/frames/1": "frames", "csv/own.apng": "caption of csv/own.apng",
         "pairs/x.mp4": "x", "red_still.png": "red still"}
-
-
-@pytest.mark.parametrize("columns", ["video_fgr,video_pha,prompt", "video,alpha,prompt"])
-def test_a_folder_is_taken_as_a_lab_has_it(columns, tmp_path):
-    clip, captions = lab_folder(tmp_path, columns)
     samples = RGBADataset(tmp_path, size=64, frames=5)
     assert [(samples.name(i), samples.caption(i)) for i in range(len(samples))] == [*captions.items()]
     for i in range(10):
         rgb, alpha = samples.source(i)
         assert len(rgb) == (1 if i == 9 else 5) and np.abs(alpha.astype(float) - clip.alpha[:len(rgb)]).mean() < 3, i
-    own = tmp_path / "csv/own.apng"                                       # a black matte lies beside it
-    assert not read_rgba(own)[1].any() and read_rgba(own, tmp_path / "csv/pha/a.mp4")[1].any()
+    assert not read_rgba(tmp_path / "csv/own.apng")[1].any()              # a black matte lies beside it
     write_rgba(tmp_path / "pairs/x_seg.mp4", grey(clip.alpha[:3]))
     refuses(lambda: read_rgba(tmp_path / "pairs/x.mp4"), "x.mp4 has", "5, 64, 64", "x_seg.mp4 has", "3, 64, 64")
 
 
-def test_frames_of_a_clip_are_no_stills_unless_a_csv_names_them(tmp_path):
+def test_frames_of_a_clip_are_no_stills_unless_a_csv_names_them(tmp_path, capsys):
     for name in ("a/0.png", "a/1.PNG", "a/x.mp4", "a/x_pha.mp4", "a/b/c.webm"):
-        write_clip(tmp_path / name, procedural_clip(4, frames=1))
+        write_rgba(tmp_path / name, *procedural_clip(4, frames=1)[:2])
     found = data.find_samples(tmp_path)
-    assert [(s.name, s.matte and s.matte.name) for s in found] == [("a", None), ("a/b/c.webm", None),
-                                                                   ("a/x.mp4", "x_pha.mp4")]
+    mattes = [sample.matte and sample.matte.name for sample in found]
+    assert [s.name for s in found] == ["a", "a/b/c.webm", "a/x.mp4"] and mattes == [None, None, "x_pha.mp4"]
     assert len(read_pair(found[0].path, None)[0]) == 2
     (tmp_path / "metadata.csv").write_text("video,alpha,prompt\na/1.PNG,,one\na/0.png,,zero\n")
     assert [s.name for s in data.find_samples(tmp_path)] == ["a/0.png", "a/1.PNG", "a/b/c.webm", "a/x.mp4"]
+    (tmp_path / "metadata.csv").write_text("video,alpha,prompt\n" + 20 * "a/0.png,,x\n" + "a/0.png,lost.mp4,y\n")
+    assert len(open_data(tmp_path, 64, 1, 0)) == 22 and "lost.mp4" in capsys.readouterr().err     # of 20 and 2 others
 
 
 @pytest.mark.parametrize("content, word", [
-    (b"", "columns"), (b"file_name,text\na.mp4,b\n", "columns"), (b"video;alpha;prompt\na;b;c\n", "columns"),
+    (b"", "columns"), (b"file_name,text\na.mp4,b\n", "columns"), (b"video;alpha;prompt\na;b;c, d\n", "columns"),
     (b"video,alpha,prompt\n", "lacks rows"), (b"video,alpha,prompt\n,,\n\n", "lacks rows"),
     (b"video,alpha,prompt\n,a.mp4,b\n", "lacks a video in a row"), (b"video,alpha,prompt\na,,b,c\n", "more cells"),
     ("video,alpha,prompt\na,,ä\n".encode("latin-1"), "UTF-8"), (b"video,alpha,prompt\na,," + b"b" * 200_000, "UTF-8")])
@@ -528,7 +493,7 @@ def test_a_wrong_csv_is_one_sentence(content, word, tmp_path, capsys):
 
 def test_items_have_the_ranges_of_the_models(tmp_path):
     clip, way = procedural_clip(6, frames=5, material="bubble", two=0), [0, 1, 2, 3, 4, 3, 2, 1, 0]
-    write_clip(tmp_path / "red-soap_bubble.webp", clip)
+    write_rgba(tmp_path / "red-soap_bubble.webp", *clip[:2])
     (tmp_path / "red-soap_bubble.txt").write_bytes(b" \n")
     item = RGBADataset(tmp_path, size=64, frames=9)[0]
     rgb, alpha = item["rgb"], item["alpha"]
@@ -536,13 +501,13 @@ def test_items_have_the_ranges_of_the_models(tmp_path):
     assert rgb.dtype == alpha.dtype == torch.float32 and -1 <= rgb.min() < -0.3 and 0.9 < rgb.max() <= 1
     assert alpha.shape == (1, 9, 64, 64) and alpha.min() == 0 and 0.5 < alpha.max() <= 1
     rgb, alpha = to_clip(rgb, alpha)
-    assert np.array_equal(alpha, clip.alpha[way]) and np.array_equal(rgb[alpha > 0], clip.rgb[way][alpha > 0])
-    assert np.array_equal(rgb, bleed(clip.rgb, clip.alpha)[way]) and to_clip(torch.ones(3, 1, 2, 2))[1].min() == 255
+    assert same_bytes((rgb, alpha), (bleed(clip.rgb, clip.alpha)[way], clip.alpha[way]))
+    assert np.array_equal(rgb[alpha > 0], clip.rgb[way][alpha > 0]) and to_clip(torch.ones(3, 1, 2, 2))[1].min() == 255
 
 
 def test_decoded_files_are_kept_up_to_a_size_and_until_released(tmp_path):
     for name in "abc":
-        write_clip(tmp_path / name, procedural_clip(1, size=32, frames=6))
+        write_rgba(tmp_path / name, *procedural_clip(1, size=32, frames=6)[:2])
     samples = RGBADataset(tmp_path, 32, 2, cache_gb=2.5 * 6 * 32 * 32 * 4 / 2 ** 30)
     for _ in range(2):
         assert [len(samples.source(i)[0]) for i in (0, 1, 2, 0)] == [6] * 4 and len(samples.kept) == 2
@@ -553,45 +518,40 @@ def test_decoded_files_are_kept_up_to_a_size_and_until_released(tmp_path):
         assert kept() is None
 
 
-def test_a_window_slides_over_a_still(tmp_path):
-    y, x = np.mgrid[:160, :160].astype(np.uint8)
-    picture, ways = np.stack([x, y, 0 * x], -1), set()
-    write_rgba(tmp_path / "a.png", picture[None])
-    samples = RGBADataset(tmp_path, size=128, frames=17)
+def test_a_window_slides_over_a_still_and_is_drawn_from_a_clip(tmp_path):
+    y, x = np.mgrid[:160, :200].astype(np.uint8)
+    clip, ways = np.stack([np.stack([x, y, 0 * x + 9 * t], -1) for t in range(3)]), set()
+    for name, rgb in dict(a=clip, b=clip, still=clip[:1]).items():
+        write_rgba(tmp_path / name, rgb)
+    samples = RGBADataset(tmp_path, size=(128, 160), frames=5)
     for variant in range(20):
-        rgb, alpha = samples.clip(0, variant)
+        rgb, alpha = samples.clip(2, variant)
         left, top = rgb[:, 0, 0, 0].astype(int), rgb[:, 0, 0, 1].astype(int)
-        assert {left[0], left[-1]} == {top[0], top[-1]} == {0, 32}                            # 0.8 of 160, end to end
-        assert (np.abs(np.diff(left)) == 2).all() and (np.abs(np.diff(top)) == 2).all()       # a straight line, even
-        assert np.array_equal(rgb[8], rgb[8, :1, :1] + picture[:128, :128])
-        assert same_bytes((rgb, alpha), samples.clip(0, variant))
+        assert {left[0], left[-1]} == {0, 40} and {top[0], top[-1]} == {0, 32}                # 0.8 of it, end to end
+        assert (np.abs(np.diff(left)) == 10).all() and (np.abs(np.diff(top)) == 8).all()      # a straight line, even
+        assert np.array_equal(rgb[2], rgb[2, :1, :1] + clip[0, :128, :160])
+        assert same_bytes((rgb, alpha), samples.clip(2, variant))
         ways.add((left[0], top[0]))
-    assert len(ways) == 4 and np.array_equal(RGBADataset(tmp_path, size=160, frames=1).clip(0, 1)[0][0], picture)
-
-
-def test_a_variant_is_one_window_of_a_clip(tmp_path):
-    y, x = np.mgrid[:100, :200].astype(np.uint8)
-    for name in "ab":
-        write_rgba(tmp_path / name, np.stack([np.stack([x, y, 0 * x + 9 * t], -1) for t in range(3)]))
-    samples = RGBADataset(tmp_path, size=(100, 200), frames=5)
+    assert len(ways) == 4 and np.array_equal(RGBADataset(tmp_path, (160, 200), 1).clip(2, 1)[0], clip[:1])
+    samples = RGBADataset(tmp_path, (160, 200), 5)
     found = np.stack([samples.clip(0, variant)[0] for variant in range(1, 60)]).astype(int)
     assert (found[:, :, 50, 50, 2] == [0, 9, 18, 9, 0]).all() and (np.ptp(found[..., 0], axis=1) == 0).all()
     left, widths = found[:, 0, 50, 0, 0], (found[:, 0, 50, -1, 0] - found[:, 0, 50, 0, 0] + 1) / 200
     assert 0.79 < widths.min() < 0.83 and 0.97 < widths.max() <= 1 and left.min() < 3 and left.max() > 20
-    assert not same_bytes(samples.clip(0, 1), samples.clip(1, 1))               # seeded with i as well
-    assert same_bytes(samples.clip(0, 1), RGBADataset(tmp_path, (100, 200), 5).clip(0, 1))
-    assert RGBADataset(tmp_path, (40, 100), 2, keep_aspect=True).clip(0, 1)[1].shape == (2, 48, 96)
+    assert not same_bytes(samples.clip(0, 1), samples.clip(1, 1))         # seeded with i as well
+    assert same_bytes(samples.clip(0, 1), RGBADataset(tmp_path, (160, 200), 5).clip(0, 1))
+    assert RGBADataset(tmp_path, (40, 160), 2, keep_aspect=True).clip(0, 1)[1].shape == (2, 64, 96)
     assert area_size(1080, 1920, 640 * 624) == (480, 848) and area_size(10, 9000, 64 * 64) == (16, 1920)
 
 
 def test_content_is_the_bytes_and_geometry_the_rest(tmp_path):
     clip = procedural_clip(1, size=32, frames=2)
-    for name in ("a", "b.apng", "c.png", "d.png"):
-        write_clip(tmp_path / name, clip, slice(2 if name < "c" else 1))
+    for name, frames in {"a": 2, "b.apng": 2, "c.png": 1, "d.png": 1}.items():
+        write_rgba(tmp_path / name, clip.rgb[:frames], clip.alpha[:frames])
     write_rgba(tmp_path / "a_pha", grey(clip.alpha))
-    files = [file for name in ("a", "a_pha") for file in sorted((tmp_path / name).iterdir())]
+    files = [tmp_path / name for name in ("a/0000.png", "a/0001.png", "a_pha/0000.png", "a_pha/0001.png")]
     samples, still = RGBADataset(tmp_path, 32, 5), RGBADataset(tmp_path, 32, 1)
-    assert samples.content(0) == cache_key(*(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
+    assert samples.content(0) == cache_key(*map(file_key, files))
     g = samples.geometry
     assert g(0) == g(1) and len({g(1), g(0, 1), g(1, 1), g(1, 2)}) == 4
     assert len({g(1), g(2), g(3), g(3, 1)}) == 4 and still.geometry(2) == still.geometry(3, 3)      # stills slide
@@ -599,100 +559,69 @@ def test_content_is_the_bytes_and_geometry_the_rest(tmp_path):
     assert len({s.geometry(0) for s in (samples, *others)}) == 5
 
 
-# ---- what is wrong with a folder
-
-
-def bad_folder(root, good=30):
-    clip = procedural_clip(4, size=32, frames=5)
-    for i in range(good):
-        write_clip(root / f"{i}.apng", clip)
-        (root / f"{i}.txt").write_text("a thing")
-    write_rgba(root / "short.mp4", clip.rgb)
-    write_rgba(root / "short_pha.mp4", grey(clip.alpha[:3]))
-    (root / "broken.webm").write_bytes(b"no video")
-    write_clip(root / "latin.png", clip, slice(1))
-    (root / "latin.txt").write_bytes("Bällchen".encode("latin-1"))
-    return clip
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_clips_are_named_and_left_out(workers, tmp_path, capsys, monkeypatch):
-    clip = bad_folder(tmp_path)
+    clip = procedural_clip(4, size=32, frames=5)
+    for i in range(27):
+        write_rgba(tmp_path / f"{i}.apng", *clip[:2])
+        (tmp_path / f"{i}.txt").write_text("a thing")
+    write_rgba(tmp_path / "short.mp4", clip.rgb)
+    write_rgba(tmp_path / "short_pha.mp4", grey(clip.alpha[:3]))
+    (tmp_path / "broken.webm").write_bytes(b"no video")
+    write_rgba(tmp_path / "latin.png", clip.rgb[:1], clip.alpha[:1])
+    (tmp_path / "latin.txt").write_bytes("Bällchen".encode("latin-1"))
+    write_rgba(tmp_path / "wide.png", np.zeros((1, 16, 64, 3), np.uint8))
+    before = content_of(tmp_path)
+    assert command_of(data)([str(tmp_path), f"--workers={workers}"]) == 0 and content_of(tmp_path) == before
+    lines, pixels = capsys.readouterr().out.splitlines(), np.append([clip.alpha] * 27, [255] * (16 * 64))
+    table = {line[:36].strip(): line[36:] for line in lines[:-3]}
+    assert table.pop("no transparency at all").startswith("1  (warning")
+    assert table == {"clips": "31", "captions missing": "1", "pairs of unequal length or size": "1",
+                     "cannot be read": "2", "height x width (clips)": "32 x 32 (27), 16 x 64 (1)",
+                     "frames: min, median, max": "1  5  5", "width / height: min, median, max": "1  1  4",
+                     "transparent pixels": f"{(pixels == 0).mean():.1%}",
+                     "opaque pixels": f"{(pixels == 255).mean():.1%}",
+                     "semi-transparent pixels": f"{((pixels > 0) & (pixels < 255)).mean():.1%}"}
     samples, said = open_data(tmp_path, 32, 5, workers), capsys.readouterr().err.splitlines()
     rows = {row["name"]: row for row in json.loads((tmp_path / ".checked.json").read_text())}
-    assert rows["0.apng"] == dict(
-        name="0.apng", bytes=(tmp_path / "0.apng").stat().st_size + 7, frames=5, height=32, width=32,
-        changed=max((tmp_path / f"0.{kind}").stat().st_mtime for kind in ("apng", "txt")), caption=True, error=None,
-        opaque=(clip.alpha == 255).mean(), semi=((clip.alpha > 0) & (clip.alpha < 255)).mean(),
-        transparent=(clip.alpha == 0).mean())
     bad = {"broken.webm": "cannot be read", "latin.png": "UTF-8", "short.mp4": "make them equal"}
-    assert all(word in rows[name]["error"] for name, word in bad.items())
-    assert said[-4:] == [*(f"skipped: {rows[name]['error']}" for name in bad), "skipped 3 of 33 clips"]
-    assert len(samples) == 30 and samples.caption(29) == "a thing"
+    errors = [rows[name]["error"] for name in bad]
+    assert all(word in error for word, error in zip(bad.values(), errors)) and lines[-3:] == errors
+    assert said[-4:] == [*(f"skipped: {error}" for error in errors), "skipped 3 of 31 clips"]
+    assert len(samples) == 28 and samples.caption(26) == "a thing"
     assert samples.cache == 4 * 2 ** 30 / max(1, workers)                 # shared among the processes that read
     (tmp_path / "0.apng").write_bytes((tmp_path / "1.apng").read_bytes() + b" ")
     (tmp_path / "latin.txt").write_text("ball")
-    write_clip(tmp_path / "new.png", clip, slice(1))
-    read, examine = [], data.examine
-    monkeypatch.setattr(data, "examine", lambda sample: read.append(sample.name) or examine(sample))
+    write_rgba(tmp_path / "new.png", clip.rgb[:1], clip.alpha[:1])
+    read, examine = [], data.Sample.examine
+    monkeypatch.setattr(data.Sample, "examine", lambda sample: read.append(sample.name) or examine(sample))
     again = open_data(tmp_path, 32, 5, 0)
-    assert read == ["0.apng", "latin.png", "new.png"] and len(again) == 32 and again.fingerprint != samples.fingerprint
+    assert read == ["0.apng", "latin.png", "new.png"] and len(again) == 30 and again.fingerprint != samples.fingerprint
     assert open_data(tmp_path, 32, 5, 0).fingerprint == again.fingerprint and len(read) == 3
 
 
-ROW = dict(name="a.png", bytes=99, changed=0.5, frames=1, height=8, width=8, opaque=1, semi=0, transparent=0,
-           caption=False, error=None)
-
-
-@pytest.mark.parametrize("content", [
-    "[1]", "5", '{"a": 1}', "null", "[", "[" * 99999, "[[1]]", '["name"]', *(json.dumps([ROW | wrong]) for wrong in (
-        dict(name=[]), dict(bytes={}), dict(changed="x"), dict(frames="x"), dict(error=5), dict(more=1)))])
-def test_what_was_checked_is_read_anew_where_its_record_is_damaged(content, tmp_path, monkeypatch):
-    write_rgba(tmp_path / "a.png", np.zeros((1, 8, 8, 3), np.uint8))
-    (tmp_path / ".checked.json").write_text(content)
-    monkeypatch.setattr(data, "identity", lambda sample: {name: ROW[name] for name in ("name", "bytes", "changed")})
-    assert len(open_data(tmp_path, 8, 1, 0)) == 1 and json.loads((tmp_path / ".checked.json").read_text()) == [ROW]
-
-
-def test_a_process_that_ends_while_reading_is_one_sentence(tmp_path, monkeypatch):
-    write_rgba(tmp_path / "a.png", np.zeros((1, 8, 8, 3), np.uint8))
-    monkeypatch.setattr(data, "read_pair", lambda *_: os._exit(1))
+def test_a_check_that_cannot_go_on_is_one_sentence(tmp_path, capsys, monkeypatch):
+    for i in range(9):
+        write_rgba(tmp_path / f"{i}.png", np.zeros((1, 8, 8, 3), np.uint8))
+    (tmp_path / "10.webm").write_bytes(b"no video")
+    (tmp_path / "0.png").write_bytes(b"")                                 # more than one in ten
+    assert command_of(data)([str(tmp_path)]) == 2 and "0.png cannot be read" in capsys.readouterr().out
+    refuses(lambda: open_data(tmp_path, 8, 1, 0), "2 of 10 clips", "0.png, 10.webm", "kit.data")
+    capsys.readouterr()
+    fails(capsys, command_of(data), tmp_path, "--workers=-1", words=["--workers"])
+    monkeypatch.setattr(data, "read_pair", lambda *_: os._exit(1))        # a process that ends while reading
     refuses(lambda: RGBADataset(tmp_path).check(workers=2), "use fewer than 2 workers", errors=OSError)
 
 
-def test_a_clip_that_a_csv_names_again_with_a_lost_matte_stays(tmp_path):
-    write_clip(tmp_path / "a.apng", procedural_clip(4, size=32, frames=2))
-    lines = ["video,alpha,prompt", *["a.apng,,x"] * 20, "gone.mp4,,y", "a.apng,lost.mp4,z"]
-    (tmp_path / "metadata.csv").write_text("\n".join(lines))
-    samples = RGBADataset(tmp_path)
-    rows = samples.check()
-    assert ["lost.mp4" in str(row["error"]) for row in rows] == [False] * 20 + [True, False]
-    samples.drop_bad(rows)
-    assert len(samples) == 20
-
-
-def test_the_check_says_what_a_folder_holds(tmp_path, capsys):
-    clip = bad_folder(tmp_path, good=26)
-    write_rgba(tmp_path / "wide.png", np.zeros((1, 16, 64, 3), np.uint8))
-    before = content_of(tmp_path)
-    assert command_of(data)([str(tmp_path), "--workers", "1"]) == 0 and content_of(tmp_path) == before
-    lines, pixels = capsys.readouterr().out.splitlines(), 26 * clip.alpha.size + 16 * 64
-    table = {line[:36].strip(): line[36:] for line in lines[:-3]}
-    assert table.pop("no transparency at all").startswith("1  (warning") and table.pop("semi-transparent pixels")
-    assert table == {"clips": "30", "captions missing": "1", "pairs of unequal length or size": "1",
-                     "cannot be read": "2", "height x width (clips)": "32 x 32 (26), 16 x 64 (1)",
-                     "frames: min, median, max": "1  5  5", "width / height: min, median, max": "1  1  4",
-                     "transparent pixels": f"{26 * (clip.alpha == 0).sum() / pixels:.1%}",
-                     "opaque pixels": f"{(26 * (clip.alpha == 255).sum() + 16 * 64) / pixels:.1%}"}
-    assert all(name in line for name, line in zip(("broken", "latin", "short"), lines[-3:]))
-    (tmp_path / "0.apng").write_bytes(b"")                                # more than one in ten
-    assert command_of(data)([str(tmp_path)]) == 2 and "0.apng cannot be read" in capsys.readouterr().out
-    refuses(lambda: open_data(tmp_path, 32, 5, 0), "4 of 30 clips", "0.apng, broken.webm, latin.png", "kit.data")
-    capsys.readouterr()
-    fails(capsys, command_of(data), tmp_path, "--workers=-1", words=["--workers"])
-
-
-# ---- batches
+def test_what_was_checked_is_read_anew_where_its_record_is_damaged(tmp_path):
+    write_rgba(tmp_path / "a.png", np.zeros((1, 8, 8, 3), np.uint8))
+    file, fingerprint = tmp_path / ".checked.json", open_data(tmp_path, 8, 1, 0).fingerprint
+    rows = json.loads(file.read_text())
+    wrong = [dict(name=[]), dict(bytes={}), dict(changed="x"), dict(frames="x"), dict(error=5), dict(more=1)]
+    wrong = [5, None, dict(a=1), [1], [[1]], ["name"], *([rows[0] | change] for change in wrong)]
+    for content in ("", "[", "[" * 99999, *map(json.dumps, wrong)):
+        file.write_text(content)
+        assert open_data(tmp_path, 8, 1, 0).fingerprint == fingerprint and json.loads(file.read_text()) == rows, content
 
 
 def test_crops_hold_the_object_scale_and_slide():
@@ -706,19 +635,20 @@ def test_crops_hold_the_object_scale_and_slide():
         assert part.shape == (5, 32, 32) and 5 * 16 * 0.5 < (part > 127).sum() < 5 * 16 * 3
     still = np.zeros((1, 40, 60), np.uint8)
     still[0, 20, 4:56] = 255
-    part = batches.crop(grey(still), still, 9, 16, 40, (0, 0, 0.0, 0.99))[1]
-    assert part.shape == (9, 16, 16) and part.any(axis=(1, 2)).all()
-    assert part[0, :, :4].sum() == 0 and part[-1, :, -4:].sum() == 0      # from the left end to the right one
-    long = np.arange(3, dtype=np.uint8)[:, None, None] * np.ones((1, 16, 16), np.uint8) + 1
-    played = batches.crop(grey(long), long, 9, 16, 16, (0, 0, 0.5, 0.5))[1][:, 0, 0]
-    assert played.tolist() == [1, 2, 3, 2, 1, 2, 3, 2, 1]
+    part = batches.crop(grey(still), still, 9, 16, 40, (0, 0, 0.0, 0.99))[1]              # from left to right
+    assert part.any(axis=(1, 2)).tolist() == [True] * 9 and not part[0, :, :4].any() and not part[-1, :, -4:].any()
+    short = np.ones((3, 16, 16), np.uint8) * np.arange(1, 4, dtype=np.uint8)[:, None, None]
+    assert batches.crop(grey(short), short, 9, 16, 16, [0.5] * 4)[1][:, 0, 0].tolist() == [1, 2, 3, 2, 1, 2, 3, 2, 1]
 
 
 def test_a_sample_is_the_same_in_any_part_of_a_batch_and_never_held_out(tmp_path):
     clips.main([str(tmp_path), "--clips=40", "--size=16", "--frames=1"])
     dataset, phases = RGBADataset(tmp_path, 16, 1), [(3, 1, 16, 8), (6, 5, 24, 4)]
     assert dataset.held_out() == [38, 39] and dataset.held_out(1) == [38] and dataset.training == 38
-    assert batches.batch_sizes(phases) == [8] * 3 + [4] * 6
+    assert batches.parse_schedule("3:1:16:8,6:5:24:4") == phases and batches.batch_sizes(phases) == [8] * 3 + [4] * 6
+    wrong = "5 1:1:16 1:1:16:1:1 0:1:16:1 1:0:16:1 1:-3:16:1 1:2:16:1 1:1:8:1 1:1:20:1 1:1:16:0 1:1:16:x 1:1:16:1,"
+    for text in ("", *wrong.split()):
+        refuses(lambda: batches.parse_schedule(text), "steps:frames:side:batch", errors=ValueError)
     for step, n in enumerate(batches.batch_sizes(phases)):
         def draw(part):
             return batches.draw_clips(dataset, phases, None, step, [sample_generator(0, step, i) for i in part])
@@ -729,14 +659,6 @@ def test_a_sample_is_the_same_in_any_part_of_a_batch_and_never_held_out(tmp_path
         assert all(torch.equal(torch.cat([part[name] for part in parts]), batch[name]) for name in ("rgb", "alpha"))
     dataset.samples = dataset.samples[:19]                                # too small to hold any out
     assert dataset.training == 19 and dataset.held_out(2) == [0, 1]
-
-
-def test_a_schedule_is_phases_of_whole_numbers():
-    assert batches.parse_schedule("4000:1:40:64,800:17:64:6") == [(4000, 1, 40, 64), (800, 17, 64, 6)]
-    assert "assert " not in inspect.getsource(batches)                    # gone under python -O
-    for text in ("", "5", "1:1:16", "1:1:16:1:1", "0:1:16:1", "1:0:16:1", "1:-3:16:1", "1:2:16:1", "1:1:8:1",
-                 "1:1:20:1", "1:1:16:0", "1:1:16:x", "1:1:16:1,"):
-        refuses(lambda: batches.parse_schedule(text), "steps:frames:side:batch", errors=ValueError)
 
 
 def test_latents_are_made_once_and_drawn_by_shape(tmp_path):
@@ -751,127 +673,86 @@ def test_latents_are_made_once_and_drawn_by_shape(tmp_path):
     groups = batches.of_one_shape(files)
     assert groups == [[0], [1, 2], [1, 2]] and [batches.latent_shape(file) for file in files] == shapes
     for step in range(20):
-        def draw(part):
-            return batches.draw_latents(files, groups, "abc", 7, step, [sample_generator(7, step, i) for i in part])
-        batch, parts = draw(range(4)), [draw([i]) for i in range(4)]
-        assert torch.equal(batch["z"], torch.cat([part["z"] for part in parts]))
+        generators = [sample_generator(7, step, i) for i in (0, 1, 2, 3, 3)]
+        batch = batches.draw_latents(files, groups, "abc", 7, step, generators[:4])
+        alone = batches.draw_latents(files, groups, "abc", 7, step, generators[4:])       # the same_bytes in a smaller part
+        assert torch.equal(batch["z"][3:], alone["z"])
         assert batch["z"].flatten(1)[:, 0].tolist() == batch["mask"].flatten(1)[:, 0].tolist() == batch["picks"]
-        assert [(name, len(context) - 1) for name, context in zip(batch["names"], batch["context"])] == [
-            ("abc"[i], i) for i in batch["picks"]]
+        assert [len(context) - 1 for context in batch["context"]] == ["abc".index(x) for x in batch["names"]]
+        assert batch["names"] == ["abc"[i] for i in batch["picks"]]
         seen.add(tuple(sorted({*batch["picks"]})))
     assert {(0,), (1, 2)} <= seen <= {(0,), (1,), (2,), (1, 2)}
     (tmp_path / "file").write_text("")
     refuses(lambda: batches.encoded(tmp_path / "file", 3, item), "choose another --cache", errors=OSError)
 
 
-# ---- the released files: every layout, and what is none
+ONES, PEFT = torch.ones(48), "--to peft out.safetensors"
+FACTORS = {"ffn.0.lora_down.weight": named("down", (3, 48)), "ffn.0.lora_up.weight": named("up", (96, 3))}
 
 
 def zeros(meta):
     return {name: torch.zeros(x.shape) for name, x in meta.items()}
 
 
-def said(capsys, *arguments):
-    adapter.main(list(map(str, arguments)))
-    return capsys.readouterr().out
-
-
 def test_an_adapter_is_told_by_kind_rank_scale_and_model(tmp_path, capsys):
-    file = tmp_path / "adapter.safetensors"
+    file, one = tmp_path / "adapter.safetensors", torch.zeros(1)
     save_file(zeros(bench.checkpoint_meta(replace(WAN_14B, num_layers=1))[1]), file)
-    lines = said(capsys, file).splitlines()
+    lines = adapter.describe(file).splitlines()
     assert lines[0] == f"{file}: peft (lora_A.default)" and "DoRA on 10 layers, rank [32], scale 1," in lines[1]
     assert lines[2:] == ["differences: none", "Wan 1.3B: 0 of 10 layers fit", "Wan 14B: 10 of 10 layers fit",
                          "left over in Wan 14B: nothing"]
     given = zeros(bench.checkpoint_meta(replace(WAN_1_3B, num_layers=1))[2])
     given = {key: x for key, x in given.items() if "blocks.0" in key}
     given |= {key.replace("s.0.", "s.30."): x + 0 for key, x in given.items() if ".diff" not in key}   # there is no 30
-    save_file(given | {"diffusion_model.blocks.0.ffn.0.alpha": torch.tensor(16.0), "strange": torch.zeros(1)}, file)
-    shown = said(capsys, file)
+    alphas = {f"diffusion_model.blocks.0.ffn.{i}.alpha": x for i, x in ((0, torch.tensor(16.0)), (2, torch.ones(2)))}
+    save_file(given | alphas | {"strange": one}, file)
+    shown = adapter.describe(file)
     assert "ComfyUI (lora_down)" in shown and "LoRA on 20 layers, rank [64], scale [0.25]" in shown
-    assert "differences: 5 diff, 11 diff_b\nWan 1.3B: 15 of 25 layers fit\nWan 14B: 0 of 25 layers fit" in shown
-    assert "left over in Wan 1.3B: 21\n  diffusion_model.blocks.30" in shown and shown.count("finds no target") == 10
-
-
-def test_a_vae_adapter_is_told_with_its_merge_block_and_frozen_copies(tmp_path, capsys):
+    assert "differences: 5 diff, 11 diff_b\nWan 1.3B: 14 of 25 layers fit\nWan 14B: 0 of 25 layers fit" in shown
+    assert "left over in Wan 1.3B: 22\n  diffusion_model.blocks.30" in shown and shown.count("finds no target") == 10
     with torch.device("meta"):
         state = RGBAVAE(WanVAE(), FeatureMerge()).add_adapters(2).adapter_state()
     state = zeros({name: x for name, x in state.items() if name.startswith("vae")})
     others = "middle.block.conv1.weight", "edge_loss.kernel", "vae_pha.decoder.conv1.conv3D.base_layer.weight"
-    torch.save(state | {name: torch.zeros(1) for name in others}, tmp_path / "VAE.bin")
-    shown = said(capsys, tmp_path / "VAE.bin")
-    assert "LoRA on 76 layers, rank [2], scale 1 / rank" in shown
-    assert "merge block: 1 tensors; frozen copies, skipped: 2" in shown
-    assert "Wan's VAE: 76 of 76 layers fit\nleft over in Wan's VAE: nothing" in shown
+    save_file(state | {name: one + 0 for name in others}, file)
+    adapter.main([str(file)])
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "LoRA on 76 layers, rank [2], scale 1 / rank, there is no .alpha", "differences: none",
+        "merge block: 1 tensors; frozen copies, skipped: 2", "Wan's VAE: 76 of 76 layers fit",
+        "left over in Wan's VAE: nothing"]
 
 
-def comfy(key):
-    return "diffusion_model." + key.replace(".default", "").replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+def test_an_adapter_is_respelt_and_comes_back(tmp_path):
+    """Bit for bit the same tensors; alpha / r = 1/2 goes into B for peft, and stays in ComfyUI's with differences."""
+    peft, comfy, given = {key: x.bfloat16() for key, x in load_file(base() / DORA_FILE).items()}, {}, {}
+    for key, x in peft.items():
+        layer, part = key.replace("lora_A", "lora_down").replace("lora_B", "lora_up").split(".lora_")
+        part, flat = part.replace(".default", ""), "lora_unet_" + layer.replace(".", "_")
+        comfy[f"diffusion_model.{layer}.lora_{part}"] = x
+        given |= {f"{flat}.lora_{part}": 2 * x if part == "up.weight" else x, f"{flat}.alpha": torch.tensor(2.0)}
+    more = {"diff_m": torch.ones(1, 6, 48), "norm3.diff": ONES, "ffn.2.diff_b": ONES + 1, "ffn.0.alpha": ONES[0] / 3}
+    more = comfy | {f"diffusion_model.blocks.0.{name}": x for name, x in more.items()}
+    source, out = str(tmp_path / "source.bin"), str(tmp_path / "out.safetensors")
+    ways = (given, "peft", peft), (peft, "comfy", comfy), (comfy, "peft", peft), (more, "comfy", more)
+    for state, to, expected in ways:
+        torch.save(state, source)
+        adapter.main([source, "--to", to, out])
+        torch.testing.assert_close(load_file(out), expected, rtol=0, atol=0)                # names, dtypes, bits
 
 
-def kohya(key):
-    layer, _, part = comfy(key).removeprefix("diffusion_model.").partition(".lora_")
-    return f"lora_unet_{layer.replace('.', '_')}.lora_{part}"
-
-
-@pytest.mark.parametrize("spell, alpha", [(comfy, False), (kohya, True)])
-def test_an_adapter_is_respelt_and_comes_back(spell, alpha, tmp_path, capsys):
-    """To the other dialect and back: bit for bit the same tensors, which do the same; alpha / r = 1/2 goes into B."""
-    original = {key: x.bfloat16() for key, x in load_file(base() / DORA_FILE).items()}
-    given = {spell(key): 2 * x if alpha and "lora_B" in key else x for key, x in original.items()}
-    if alpha:
-        given |= {key.replace("lora_up.weight", "alpha"): torch.tensor(2.0) for key in given if "lora_up" in key}
-    files = [tmp_path / f"{name}.safetensors" for name in ("given", "peft", "comfy", "again")]
-    save_file(given, files[0])
-    for source, to, out in zip(files, ("peft", "comfy", "peft"), files[1:]):
-        said(capsys, source, "--to", to, out)
-    peft, other, again = map(load_file, files[1:])
-    assert peft.keys() == original.keys() == again.keys() and other.keys() == set(map(comfy, original))
-    assert all(torch.equal(peft[key], x) and torch.equal(again[key], x) and again[key].dtype == x.dtype
-               for key, x in original.items())
-    state = load_file(base() / DIT_FILE)
-    merged, expected = merge_adapter(state, other), merge_adapter(state, given)
-    assert all(torch.equal(merged[name], weight) for name, weight in expected.items())
-
-
-@pytest.mark.parametrize("part, to, word", [
-    ("", "peft out.bin", "safetensors"), ("", "diff out.safetensors", "peft or comfy"),
-    ("norm3.diff", "peft out.safetensors", "no name for diff"),
-    ("ffn.0.alpha", "peft out.safetensors", "scale 0.666667"), ("ffn.2.diff_b", "comfy out.safetensors", "")])
-def test_differences_and_alpha_stay_in_comfy_and_are_refused_in_peft(part, to, word, tmp_path, monkeypatch):
+@pytest.mark.parametrize("given, to, word", [
+    (None, "", "there is no checkpoint file"), ({"norm3.weight": ONES}, "", "no adapter"),
+    ({"norm3.weight": ONES}, PEFT, "no target"), ({"ffn.0.dora_scale": ONES}, "", "LyCORIS magnitude"),
+    ({"ffn.0.dora_scale": ONES}, PEFT, "LyCORIS magnitude"), (FACTORS, "--to peft out.bin", "safetensors"),
+    (FACTORS, "--to diff out.safetensors", "peft or comfy"), (FACTORS | {"norm3.diff": ONES}, PEFT, "no name for diff"),
+    (FACTORS | {"ffn.0.alpha": torch.tensor(2.0)}, PEFT, "scale 0.666667"),
+    (FACTORS | {"ffn.0.alpha": torch.ones(2)}, PEFT, "blocks.0.ffn.0")])
+def test_what_is_no_adapter_or_nothing_for_peft_is_one_sentence(given, to, word, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = {f"diffusion_model.blocks.0.{name}": x for name, x in {
-        "ffn.0.lora_down.weight": named("down", (3, 48)), "ffn.0.lora_up.weight": named("up", (96, 3)),
-        "ffn.0.alpha": torch.tensor(2.0), "diff_m": torch.ones(1, 6, 48), "norm3.diff": torch.ones(48),
-        "ffn.2.diff_b": torch.ones(48)}.items() if to.startswith("comfy") or "lora" in name or name == part}
-    save_file(given, "given.safetensors")
-    convert = partial(adapter.main, ["given.safetensors", "--to", *to.split()])
-    if word:
-        refuses(convert, word)
-        assert [file.name for file in tmp_path.iterdir()] == ["given.safetensors"]
-    else:
-        convert()
-        written = load_file("out.safetensors")
-        assert written.keys() == given.keys() and all(torch.equal(written[key], given[key]) for key in given)
-
-
-@pytest.mark.parametrize("key, word", [("patch_embedding.weight", "no adapter"), (None, "there is no checkpoint file"),
-                                       ("blocks.0.ffn.0.dora_scale", "LyCORIS magnitude")])
-def test_what_is_no_adapter_is_one_sentence(key, word, tmp_path, capsys):
-    file, out = tmp_path / "given.bin", tmp_path / "out.safetensors"
-    if key:
-        torch.save({key: torch.ones(1, 48)}, file)
-    fails(capsys, lambda argv: run_command(partial(adapter.main, argv), "kit.adapter"), file, words=[word])
-    refuses(partial(adapter.main, [str(file), "--to", "peft", str(out)]))
-    assert not out.exists()
-
-
-def test_an_alpha_is_one_number(tmp_path, capsys):
-    file = tmp_path / "given.safetensors"
-    parts = dict(down=torch.ones(1, 48), up=torch.ones(96, 1), alpha=torch.ones(2))
-    save_file({adapter.WORDS["comfy"][part].format("blocks.0.ffn.0"): x for part, x in parts.items()}, file)
-    assert "left over" in said(capsys, file)
-    refuses(partial(adapter.main, [str(file), "--to", "peft", str(tmp_path / "out.safetensors")]), "blocks.0.ffn.0")
+    if given:
+        torch.save({f"diffusion_model.blocks.0.{name}": x for name, x in given.items()}, "given.bin")
+    refuses(partial(adapter.main, ["given.bin", *to.split()]), word)
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("weight_map, word", [
@@ -879,56 +760,45 @@ def test_an_alpha_is_one_number(tmp_path, capsys):
     ({"a": "diffusion_pytorch_model-0.safetensors"}, "its tensors are others")])
 def test_an_index_that_does_not_fit_its_shards_is_one_sentence(weight_map, word, tmp_path):
     bench.write_checkpoint(tmp_path, DIT_TINY)
-    (tmp_path / f"{DIT_FILE}.index.json").write_text(json.dumps(dict(weight_map=weight_map)))
+    save_json(tmp_path / f"{DIT_FILE}.index.json", dict(weight_map=weight_map))
     refuses(partial(open_dit, tmp_path), word, tmp_path)
-
-
-def resident(folder):
-    """MiB of the files in this folder that are in this process's memory."""
-    mapped = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
-    return sum(int(re.search(r"\nRss: +(\d+)", part)[1]) for part in mapped if str(folder) in part) / 1024
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what memory holds of a file")
 def test_loading_keeps_one_tensor_of_its_files_in_memory(tmp_path):
+    def resident():
+        sizes = re.findall(rf"{tmp_path}/.*?\nRss: +(\d+)", Path("/proc/self/smaps").read_text(), re.DOTALL)
+        return sum(map(int, sizes)) / 1024                                                  # MiB
     bench.write_checkpoint(tmp_path, DiTConfig(512, 1024, 4, 3, text_dim=32, text_len=16))
     (model, tensors), most = open_dit(tmp_path, [(tmp_path / file, 1.0) for file in bench.ADAPTERS]), {}
     for name, tensor in tensors:
-        most[name] = resident(tmp_path)
+        most[name] = resident()
         del tensor
-    assert list(most) == list(model.state_dict()) and resident(tmp_path) == 0
+    assert list(most) == list(model.state_dict()) and resident() == 0
     largest = max(p.numel() for p in model.parameters()) * 4 / 2 ** 20                      # 6 MiB, of 50 MiB
     assert max(most.values()) <= 1.1 * largest + 1
 
 
-def test_a_vae_adapter_may_be_bfloat16_and_repeat_the_frozen_base(tmp_path):
+def test_a_vae_adapter_may_be_bfloat16_or_merged_already(tmp_path):
     vae, lora = (load_file(base() / name) for name in (VAE_FILE, VAE_ADAPTER))
-    lora = {name: x.bfloat16() for name, x in lora.items()}
-    frozen = {f"{branch}.{name}": torch.zeros(1) for branch in ("vae_fgr", "vae_pha") for name in vae}
-    frozen |= {"vae_pha.decoder.conv1.conv3D.base_layer.bias": torch.zeros(1), "lpips_loss.net.w": torch.zeros(1)}
-    torch.save(lora | frozen, tmp_path / "VAE.bin")
-    exact, rgba = (load_rgba_vae(base() / VAE_FILE, file) for file in (base() / VAE_ADAPTER, tmp_path / "VAE.bin"))
-    z = named("z", (1, 16, 1, 2, 2))
-    assert exact.skipped == 0 and rgba.skipped == len(frozen)
+    one, *pair = (tmp_path / name for name in ("VAE.bin", "rgb.safetensors", "alpha.safetensors"))
+    torch.save({name: x.bfloat16() for name, x in lora.items()}, one)
+    load, z = partial(load_rgba_vae, base() / VAE_FILE), named("z", (1, 16, 1, 2, 2))
+    exact, rgba, half = load(base() / VAE_ADAPTER), load(one), load(one, torch.bfloat16)
     assert {p.dtype for p in rgba.parameters()} == {torch.float32}
     close(rgba.decode(z)[0], exact.decode(z)[0], tol=0.1)
-    half = load_rgba_vae(base() / VAE_FILE, tmp_path / "VAE.bin", torch.bfloat16)
     assert half.decode(z.bfloat16())[1].dtype == torch.bfloat16
-
-
-def test_two_decoders_may_be_merged_already(tmp_path):
-    """As ComfyUI has them: two whole VAEs, the LoRA of each in its decoder, the rest as in the base."""
-    vae, one = load_file(base() / VAE_FILE), base() / VAE_ADAPTER
-    rgba, pair, z = load_rgba_vae(base() / VAE_FILE, one), [], named("z", (1, 16, 1, 2, 2))
-    for name, branch in (("rgb", rgba.vae_fgr), ("alpha", rgba.vae_pha)):
-        pair.append(tmp_path / f"wan_alpha_2.1_vae_{name}_channel.safetensors")
-        save_file(vae | branch.state_dict(), pair[-1])
-    merged = load_rgba_vae(base() / VAE_FILE, pair)
-    assert all(torch.equal(a, b) for a, b in zip(merged.decode(z), rgba.decode(z))) and merged.middle is None
-    assert merged.skipped == 2 * sum(name.startswith(("encoder.", "conv1.")) for name in vae)
+    for file, branch in zip(pair, (exact.vae_fgr, exact.vae_pha)):      # as ComfyUI has them: two whole VAEs
+        save_file(vae | branch.state_dict(), file)
+    merged = load(pair)
+    assert all(torch.equal(a, b) for a, b in zip(merged.decode(z), exact.decode(z)))
+    assert merged.middle is None and merged.skipped == 2 * sum(name.startswith(("encoder.", "conv1.")) for name in vae)
 
 
 def test_a_text_encoder_may_be_bfloat16_or_fp8_with_scales(tmp_path):
+    def load(state, dtype=torch.float32):
+        save_file(state, file)
+        return load_text_encoder(file, dtype)
     file = write_base(tmp_path / "base") / "other.safetensors"
     exact = load_file(file.with_name(TEXT_FILE))
     half = {name: p.bfloat16() for name, p in exact.items()}
@@ -938,138 +808,91 @@ def test_a_text_encoder_may_be_bfloat16_or_fp8_with_scales(tmp_path):
         eight[name], scaled[name] = (x.to(torch.float8_e4m3fn) for x in (half[name], exact[name] / scale))
         scaled[name.replace("weight", "scale_weight")] = scale
         marks[name.replace("weight", "scale_input")] = torch.ones(())
-
-    def loaded(state, dtype=torch.float32):
-        save_file(state, file)
-        encoder = load_text_encoder(file, dtype)
-        assert {p.dtype for p in encoder.model.parameters()} == {dtype}
-        return encoder
-    contexts = [loaded(state)(CAPTIONS)[1] for state in (exact, half, eight, scaled, scaled | marks)]
+    contexts = [load(state)(CAPTIONS)[1] for state in (exact, half, eight, scaled, scaled | marks)]
     for context, tol in zip(contexts[1:], (0.1, 1, 1, 1)):
         close(context, contexts[0], tol)
+        assert context.dtype == torch.float32
     assert torch.equal(contexts[3], contexts[4]) and not torch.equal(contexts[2], contexts[3])
     name, scale = "blocks.1.attn.q.weight", scaled["blocks.1.attn.q.scale_weight"]
     once = (scaled[name].float() * scale).bfloat16()                                        # rounded at the end alone
-    assert torch.equal(loaded(scaled, torch.bfloat16).model.state_dict()[name], once)
+    assert torch.equal(load(scaled, torch.bfloat16).model.state_dict()[name], once)
     for odd in ("blocks.0.attn.q.scale_wait", "token_embedding.scale_weight", "lm_head.weight"):
-        refuses(partial(loaded, scaled | {odd: torch.ones(())}), file, "umT5", odd)
+        refuses(partial(load, scaled | {odd: torch.ones(())}), file, "umT5", odd)
 
 
-def test_training_adapts_what_the_released_dora_does():
-    adapted = adapter_state(add_dora(load_dit(base()), 32, 32, train_dit.TARGETS))
-    assert {name: x.shape for name, x in adapted.items()} == {
-        name: x.shape for name, x in bench.checkpoint_meta(load_dit(base()).config)[1].items()}
-
-
-# ---- the bench and the ablations
-
-
-def test_the_bench_has_the_released_layout_and_loads_as_officially(tmp_path):
+def test_the_bench_has_the_released_layout_as_training_makes_it_and_loads_as_officially(tmp_path):
     _, dora, light = bench.checkpoint_meta(WAN_14B)
     assert (len(dora), len(light)) == (1200, 1459)
     assert dora["blocks.39.ffn.2.lora_magnitude_vector.default.weight"].shape == (5120,)
     assert light["diffusion_model.head.head.lora_up.weight"].shape == (64, 64)
     bench.write_checkpoint(tmp_path, bench.TINY)
     adapters = [(tmp_path / file, 1.0) for file in bench.ADAPTERS]
-    before, both = load_dit(tmp_path).state_dict(), load_dit(tmp_path, adapters).state_dict()
+    before, both = (load_dit(tmp_path, chosen).state_dict() for chosen in ((), adapters))
     for name, p in bench.load_official(tmp_path, adapters, torch.float32, "cpu").state_dict().items():
         close(both[name], p, 1e-5)
         assert torch.equal(p, before[name]) == (name.endswith("modulation") or name == "patch_embedding.weight"), name
+    trained = adapter_state(add_dora(load_dit(tmp_path), 32, 32, train_dit.TARGETS))
+    same(zeros(trained), zeros(load_file(adapters[0][0])))
 
 
-def test_the_bench_prints_and_writes_its_tables(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "alone", lambda function, *args: function(*args))
-    small, file = ["tiny", "--size", "32x16", "--frames", "5", "--device", "cpu"], tmp_path / "table.json"
-    bench.main(["clip", *small, "--steps", "2", "--json", str(file), "--offload"])
-    rows = json.loads(file.read_text())["rows"]
-    assert [row["what"] for row in rows] == [
+def test_the_bench_prints_its_tables_each_row_with_its_own_memory(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *args, **options: ThreadPoolExecutor(1))
+    small, sizes = "tiny --size 32x16 --frames 5 --device cpu", bench.TINY
+    bench.main(f"clip {small} --steps 2 --offload".split())
+    assert [line[:42].strip() for line in capsys.readouterr().out.splitlines()[2:]] == [
         "transformer: random weights", "transformer: pass 1 of 2", "transformer: pass 2 of 2",
         "decoders: random weights", "decoders: colour", "decoders: alpha"]
-    assert kernel_says("/proc/self/status", "VmHWM") is None or all(0 < row["anonymous_mib"] <= row["host_mib"] for row in rows)
-    bench.main(["train", *small])
-    bench.main(["load", "--device", "cpu", "tiny", "--folder", str(tmp_path / "new")])
+    bench.main(f"train {small}".split())
+    bench.main("load --device cpu tiny".split())
     table = capsys.readouterr().out
-    assert all(words in table for words in ("bytes a token", "load_dit", "load_scaled", "load_official", "anonymous"))
-    assert (tmp_path / "new/config.json").is_file()
-
-
-@pytest.mark.skipif(kernel_says("/proc/self/status", "RssAnon") is None, reason="no /proc here")
-def test_the_bench_measures_the_memory_of_the_block_alone():
-    rows = []
+    kept = 54 * sizes.dim + 6 * sizes.ffn_dim + 8 * 32 * 2 + 2 * 4 * sizes.num_heads + 9 * 4     # + A x, sums, norms
+    for words in (f"a block keeps {kept:,} bytes a token", "8 GPUs, shard", "load_scaled", "load_official", "host MiB"):
+        assert words in table
+    peaks = []
     for numbers in (1, 75_000_000, 1):
         with bench.row_of("memory", "cpu") as row:
             torch.ones(numbers)
-        rows.append(row)
-    for kind in ("host_mib", "anonymous_mib"):
-        assert rows[1][kind] - max(rows[0][kind], rows[2][kind]) > 240, kind
+        peaks.append(row["host_mib"])
+    assert peaks[1] - max(peaks[0], peaks[2]) > 240 or not Path("/proc/self/clear_refs").exists()
 
 
-@pytest.mark.parametrize("flags, need, word", [
-    ("forward 7B", 0, "invalid choice: '7B'"), ("forward tiny --frames 16", 0, "4k+1"), ("train tiny --fp8", 0, "fp8"),
-    ("forward tiny --size 30", 0, "multiples of 16"), ("load tiny --folder .", 0, "empty --folder"),
-    ("forward tiny --offload", 0.6, "memory on cpu")])                              # on a CPU, device and host are one
-def test_the_bench_refuses_in_one_sentence(flags, need, word, tmp_path, monkeypatch):
-    (tmp_path / "mine.txt").write_text("keep")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "alone", lambda *args: pytest.fail("measured"))
-    monkeypatch.setattr(bench, "dit_memory", lambda *args: 2 * [need * bench.free_memory("cpu")])
+@pytest.mark.parametrize("flags, word", [
+    ("forward 7B", "invalid choice: '7B'"), ("forward tiny --frames 16", "4k+1"), ("train tiny --fp8", "fp8"),
+    ("forward tiny --size 30", "multiples of 16"), ("forward tiny --offload", "memory on cpu")])
+def test_the_bench_refuses_in_one_sentence(flags, word, monkeypatch):
+    monkeypatch.setattr(bench, "dit_memory", lambda *args: 2 * [0.6 * bench.free_memory("cpu")])     # on a CPU one
     refuses(partial(bench.main, [*flags.split(), "--device", "cpu"]), word)
-    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
-
-
-FAKE = """import json, pathlib, sys
-out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1] if "--out" in sys.argv else sys.argv[1])
-root = out.parents[1] if "--out" in sys.argv else out.parent
-with open(root / "calls.txt", "a") as file:
-    print(json.dumps(sys.argv[1:]), file=file)
-if out.parent.name == "vae-tabd" and (root / "fails").exists():
-    sys.exit("no luck")
-half = dict.fromkeys(("corners", "no_holes", "color", "motion", "shape", "material"), 0.5)
-clips = dict.fromkeys(("soft render", "colour, alpha > 0", "alpha"), dict(psnr=30.5, ssim=0.5))
-scores = {"unseen clips": dict(mean=clips), "cells": dict(opaque=1, transparent=2),
-          "scores": dict.fromkeys(("1", "2", "4", "8", "20"), half)}
-(out / "dit-rgba").mkdir(parents=True, exist_ok=True)
-(out / "metadata.jsonl").touch()
-(out / "dit-rgba/summary.json").write_text('{"held_out_mse": 0.25}')
-if "train" not in sys.argv[0]:
-    (out / "eval.json").write_text(json.dumps(scores))
-"""
 
 
 def test_the_ablations_go_on_after_a_failure_with_words_that_the_commands_know(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "all of it"
-    (tmp_path / "kit").mkdir()
-    for file in ("train_vae.py", "train_dit.py", "kit/clips.py", "kit/evaluate.py"):
-        (tmp_path / file).write_text(FAKE)
-    monkeypatch.setattr(ablate, "ROOT", tmp_path)
-    out.mkdir()
-    (out / "fails").touch()
-    refuses(partial(ablate.main, [str(out), "--seeds", "0", "1"]), "vae-tabd/0.log")
+    def run(command, stdout, **options):
+        script, *words = command[1:]
+        calls.append(evaluate.parse_args(words[1:]) if script == "-m" else parsers[script].parse_args(words))
+        folder = Path(calls[-1].out)
+        stdout.write("no luck")
+        save_json(folder / "dit-rgba/summary.json", dict(held_out_mse=0.25))
+        if script == "-m":
+            save_json(folder / "eval.json", scores[calls[-1].model])
+        return ablate.subprocess.CompletedProcess(command, int(folder.parent.name in broken))
+    out, calls, broken = tmp_path / "all of it", [], ["vae-tabd"]
+    parsers = {"train_vae.py": train_vae.make_parser(), "train_dit.py": train_dit.make_parser()}
+    scores = dict(vae={"unseen clips": dict(mean=dict(alpha=dict(psnr=30.5, ssim=0.5))), "cells": dict(opaque=1)},
+                  dit=dict(scores=dict.fromkeys(("1", "2", "4", "8", "20"), dict(color=0.5))))
+    monkeypatch.setattr(ablate.subprocess, "run", run)
+    monkeypatch.setattr(ablate.clips, "main", lambda argv: save_json(out / "data/metadata.jsonl", argv))
+    ablation = partial(ablate.main, [str(out), "--seeds", "0", "1", "--jobs", "1"])
+    refuses(ablation, "vae-tabd/0.log")
     assert "no luck" in (out / "vae-tabd/0.log").read_text()
-    (out / "fails").unlink()
-    ablate.main([str(out), "--seeds", "0", "1"])
-    table = capsys.readouterr().out
-    assert "| tabd | 30.50 ± 0.00, 0.500 ± 0.000 |" in table and "| dora, 20 steps |  | 50.0 ± 0.0 |" in table
-    assert "| latent-tabd | 0.250 ± 0.000 | 50.0 ± 0.0 |" in table
-    said = (out / "calls.txt").read_text()
-    ablate.main([str(out), "--seeds", "0", "1"])
-    assert (out / "calls.txt").read_text() == said                                  # what is finished is not made again
-    calls = [json.loads(line) for line in said.splitlines()]
-    monkeypatch.setattr(evaluate, "settle", lambda args: args)
-    parsers = {False: train_vae.make_parser(), True: train_dit.make_parser()}
-    for call in calls[1:]:
-        parse = evaluate.parse_args if call[0] in ("vae", "dit") else parsers["--unweighted" in call].parse_args
-        parse(call)
-    scored = [call for call in calls if call[0] == "dit"]
-    assert len(scored) == 14 and f"{out}/vae-tabd/1/Wan-Alpha-v2-VAE.safetensors" in scored[-1]
+    broken.clear()
+    ablation()
+    made, table = len(calls), capsys.readouterr().out
+    assert "| vae-tabd | 30.500 ± 0.000 | 0.500" in table and "| dit-dora, 20 steps | 0.500 ± 0.000 | 0.250" in table
+    ablation()
+    assert len(calls) == made and calls[-1].vae_adapter == f"{out}/vae-tabd/1/Wan-Alpha-v2-VAE.safetensors"
 
 
 def one(motion="rising", material="solid"):
     return procedural_clip(5, two=0, shape="ball", color="red", material=material, motion=motion)
-
-
-def smooth(x):                                    # the mean of 3 x 3 pixels; no object touches the border
-    return np.mean([np.roll(x, (i, j), (1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1)], 0).round().astype(np.uint8)
 
 
 def test_scores_pass_on_the_truth():
@@ -1078,8 +901,10 @@ def test_scores_pass_on_the_truth():
     for clip in clips:
         scores = score_clip(clip.rgb, clip.alpha, clip.attributes)
         assert False not in scores.values() and {type(passes) for passes in scores.values()} <= {bool, type(None)}
-    for clip in clips[::3]:
-        blurred = smooth(smooth(clip.rgb)), smooth(smooth(clip.alpha))
+    for clip in clips[::3]:                                     # blurred over 5 x 5 pixels; no object touches the border
+        rgb, alpha = clip.rgb, clip.alpha
+        for _ in range(2):
+            rgb, alpha = (np.mean([np.roll(x, move, (1, 2)) for move in np.ndindex(3, 3)], 0).round() for x in (rgb, alpha))
         assert False not in score_clip(*blurred, clip.attributes).values(), clip.caption
     others = asked[1:] + asked[:1]
     got = [score_clip(clip.rgb, clip.alpha, other) for clip, other in zip(clips, others)]
@@ -1156,15 +981,6 @@ def test_psnr_and_ssim_of_known_pictures():
     assert masked_mean(ssim_map(a, half), left) == 1 > masked_mean(ssim_map(a, half))
 
 
-def test_naive_autoencoder_sees_hidden_colour_and_is_judged_by_it():
-    rgba, alpha = load_rgba_vae(base() / VAE_FILE, base() / VAE_ADAPTER), torch.zeros(1, 1, 1, 16, 16)
-    alpha[..., :8], rgb = 1, torch.full((1, 3, 1, 16, 16), 0.5)
-    for naive in (False, True):
-        first, other = (train_vae.rgba_step(rgba, x, alpha, [evaluate.eval_generator(0, 0)], naive=naive)["loss"]
-                        for x in (rgb, torch.where(alpha > 0, rgb, -1.0)))
-        assert bool(first != other) is naive
-
-
 def test_evaluation_is_as_the_base_says_and_repeatable(tmp_path):
     records = []
     for more in ("", "", "--seed 1", "--mean 1"):
@@ -1195,7 +1011,9 @@ def test_wrong_arguments_of_an_evaluation(argv, word):
 # ---- generate.py
 
 CLIP_FILES = ("rgba.webm", "rgba.mov", "frames", "preview.mp4", "preview.webp", "rgb.mp4", "alpha.mp4", "run.json")
-SHORT = "--frames", 1, "--size", "16x16", "--steps", 1
+SHORT = "--frames 1 --size 16x16 --steps 1".split()
+HALF, LESS = "--dtype bfloat16", "--offload --fp8"
+command = command_of(generate)
 
 
 def parsed(*argv):
@@ -1206,12 +1024,8 @@ def settled(*argv):
     return generate.settle(parsed(*argv))
 
 
-def make(prompt, out, *flags):
-    return list(generate.generate(parsed(prompt, "--out", out, *flags)))
-
-
-def command(argv):
-    return run_command(lambda: generate.main([str(a) for a in argv]), "generate.py")
+def make(out, *argv):
+    return list(generate.generate(parsed("--out", out, *argv)))
 
 
 def pngs(folder):
@@ -1220,55 +1034,53 @@ def pngs(folder):
 
 @cache
 def clip():
-    return make("A red glass ball", Path(kept().name) / "out", "--seed", 3)[0]
+    return make(Path(kept().name) / "out", "A red glass ball", "--seed", 3)[0]
 
 
-def test_generate_writes_every_file_and_keeps_alpha():
-    assert clip().name == "a-red-glass-ball-3" and [path.name for path in clip().parent.iterdir()] == [clip().name]
+def test_generate_writes_every_file_and_keeps_alpha_and_a_record():
+    assert clip().name == "a-red-glass-ball-3" and [*clip().parent.iterdir()] == [clip()]
     assert sorted(path.name for path in clip().iterdir()) == sorted(CLIP_FILES)
     read = {name: read_rgba(clip() / name) for name in CLIP_FILES[:-1]}
     rgb, alpha = read["frames"]
     assert rgb.shape == (5, 32, 48, 3) and alpha.std() > 5 and rgb.std() > 5                    # worth a test
     assert all(colour.shape == rgb.shape for colour, _ in read.values())
-    for name in ("rgba.webm", "rgba.mov"):
-        assert np.abs(read[name][1].astype(float) - alpha).mean() < 3, name
-    assert np.abs(read["alpha.mp4"][0].astype(float) - alpha[..., None]).mean() < 3
+    for shown in (read["rgba.webm"][1], read["rgba.mov"][1], read["alpha.mp4"][0][..., 0]):
+        assert np.abs(shown.astype(float) - alpha).mean() < 3
     preview, opacity = read["preview.webp"][0], alpha[:, 0, 0] / 255            # of a corner, over the light square
     assert np.abs(preview[:, 0, 0, 0] - (rgb[:, 0, 0, 0] * opacity + 226 * (1 - opacity))).max() <= 1
-
-
-def test_generate_records_the_run():
     run = json.loads((clip() / "run.json").read_text())
-    asked = run["arguments"]
-    assert run["seed"] == asked["seed"] == 3 and asked["prompt"] == "A red glass ball" and asked["size"] == [48, 32]
-    assert asked["steps"] == 2 and asked["fps"] == 8 and asked["mean"] == 0.05      # from config.json, and Wan's
+    asked = dict(prompt="A red glass ball", seed=3, size=[48, 32], steps=2, fps=8, mean=0.05)   # config.json's, Wan's
+    assert asked.items() <= run["arguments"].items() and run["seed"] == 3
     assert run["versions"]["torch"] == torch.__version__ and run["versions"]["python"] == sys.version.split()[0]
     assert list(run["stages"]) == ["text", "transformer", "decode", "write"]
     assert all(stage["seconds"] >= 0 and stage["host_mib"] > 50 for stage in run["stages"].values())
-    hashes = {str(base() / name): hashlib.sha256((base() / name).read_bytes()).hexdigest() for name in BASE_FILES}
-    assert run["weights"] == hashes
+    assert run["weights"] == {str(base() / name): file_key(base() / name) for name in BASE_FILES}
 
 
 def test_same_seed_same_bytes(tmp_path):
-    for _ in range(2):                                                          # in place of an earlier result, too
-        same, other = make("A red glass ball", tmp_path, "--seed", 3, 4)
-        assert pngs(same) == pngs(clip()) != pngs(other)
+    """Alone or among other prompts and seeds, and in place of an earlier result."""
+    (tmp_path / "prompts.txt").write_text("\ufeffa ball\r\n\n  A red   glass ball \n", encoding="utf-8")
+    for _ in range(2):
+        many = make(tmp_path, "--prompts", tmp_path / "prompts.txt", "--seed", 5, 3)
+        assert [folder.name for folder in many] == ["a-ball-5", "a-ball-3", "a-red-glass-ball-5", "a-red-glass-ball-3"]
+        assert pngs(many[3]) == pngs(clip()) and all(pngs(folder) != pngs(clip()) for folder in many[:3])
+    run = json.loads((many[1] / "run.json").read_text())
+    assert (run["arguments"]["prompt"], run["arguments"]["seed"], run["seed"]) == ("a ball", 3, 3)
 
 
+@torch.inference_mode()
 def sampled(*argv):
     args = settled(*argv)
-    with torch.inference_mode():
-        (z,), _ = generate.sample(args, generate.encode_prompts(args), generate.make_mask(args))
+    (z,), _ = generate.sample(args, generate.encode_prompts(args), generate.make_mask(args))
     return z
 
 
 def test_every_argument_has_a_say():
     plain = sampled("ball")
     assert torch.equal(plain, sampled("ball", "--offload")) and plain.shape == (1, 16, 2, 4, 6)
-    for flags in (("--seed", 1), ("--steps", 3), ("--shift", 3), ("--guidance", 2), ("--mean", 0), ("--mean", 0.1),
-                  ("--mask", "0.2,0.5,0.2,0.3"), ("--dora", ""), ("--distill", base() / DORA_FILE),
-                  ("--sampler", "unipc"), ("--dtype", "bfloat16"), ("--fp8",)):
-        assert not torch.equal(plain, sampled("ball", *flags)), flags
+    for flags in ("--seed 1", "--steps 3", "--shift 3", "--guidance 2", "--mean 0", "--mean 0.1", "--dora=", "--fp8",
+                  "--mask 0.2,0.5,0.2,0.3", f"--distill {base() / DORA_FILE}", "--sampler unipc", "--dtype bfloat16"):
+        assert not torch.equal(plain, sampled("ball", *flags.split())), flags
     assert not torch.equal(plain, sampled("ghost"))
     assert sampled("ball", "--size", "32x48", "--frames", 9).shape == (1, 16, 3, 6, 4)
 
@@ -1290,132 +1102,77 @@ def test_masks_of_every_kind(tmp_path):
     alpha, rgb = np.zeros((3, 32, 32), np.uint8), np.full((3, 32, 32, 3), 90, np.uint8)
     alpha[:, 4:28, 4:12] = 255
     write_rgba(tmp_path / "clip.webm", rgb, alpha)
-    write_rgba(tmp_path / "matte", np.repeat(alpha[..., None], 3, -1))
+    write_rgba(tmp_path / "matte", grey(alpha))
     saved = mask(tmp_path / "clip.webm")
-    torch.save(saved, tmp_path / "gauss_mask")
     assert saved.shape == (2, 8, 8) and saved[0].argmax() % 8 in (1, 2)
-    for spec in (tmp_path / "matte", tmp_path / "gauss_mask"):
-        assert torch.allclose(mask(spec), saved, atol=0.05), spec
-    assert mask("0.25,0.5,0.2,0.4")[0].argmax() % 8 in (1, 2)
+    assert torch.allclose(mask(tmp_path / "matte"), saved, atol=0.05)
     assert mask("this is not read", "--mean", 0) is None
 
 
 def test_generate_takes_any_prompt_from_anywhere(tmp_path):
-    prompt, flags = "一只红色的玻璃球 🐉 " + "word " * 3000, ("--base", base(), "--frames", "1", "--size", "16x16")
-    run = subprocess.run([sys.executable, ROOT / "generate.py", prompt, *flags], cwd=tmp_path, capture_output=True,
-                         text=True)
+    argv = "一只红色的玻璃球 🐉 " + "word " * 3000, "--base", base(), *SHORT
+    run = subprocess.run([sys.executable, ROOT / "generate.py", *argv], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     (folder,) = (tmp_path / "out").iterdir()
-    assert run.stdout == f"{Path('out') / folder.name}\n" and folder.name.startswith("一只红色的玻璃球-word-word")
+    assert run.stdout == f"{Path('out') / folder.name}\n" and folder.name.startswith("一只红色的玻璃球-word")
     (cut,) = [line for line in run.stderr.splitlines() if "cut" in line]
     assert cut.startswith("generate.py: ") and "limit 32" in cut and len(pngs(folder)) == 1
+    assert all(f"\n{stage}: seconds" in run.stderr for stage in ("text", "transformer", "decode", "write"))
 
 
 def test_folder_names():
-    name = result.folder_name
-    for prompt, expected in (("A red glass ball, bouncing!", "a-red-glass-ball-bouncing-0"), ("../../etc", "etc-0"),
-                             ("一只红色的玻璃球", "一只红色的玻璃球-0"), ("Élan: 2 balls 🐉", "élan-2-balls-0"),
-                             (settled("a \udce9 ball").prompt, "a-ball-0")):            # a shell's invalid UTF-8
-        assert name(prompt, 0) == expected
-    assert name("🐉", 0) != name("🐱", 0) and name("🐉", 0).startswith("clip-")
-    template = "This video has a transparent background. Close-up shot. A {} flying. Realistic style."
-    assert name(template.format("parrot"), 0) != name(template.format("dragon"), 0)
-    assert all(len(name(word * 3000, 0).encode()) <= 180 for word in ("word ", "球", "𠀀", "a"))
-
-
-@cache
-def wrong_files():
-    """A folder of files that are not what a flag asks for."""
-    folder = Path(kept().name) / "wrong"
-    (folder / "ball-0").mkdir(parents=True)
-    write_rgba(folder / "empty.webp", np.zeros((1, 32, 32, 3), np.uint8), np.zeros((1, 32, 32), np.uint8))
-    for name, content in {"blank": b" \n\n", "binary": b"a\0b", "latin": b"\xe9", "twice": b"A ball\na ball!",
-                          "text.pt": b"text", "text.safetensors": b"text", "text.webm": b"text"}.items():
-        (folder / name).write_bytes(content)
-    shutil.rmtree(shutil.copytree(base_of_two(), folder / "lone") / "low_noise_model")
-    return folder
-
-
-ALONE = """--size 50x32|--size 0x0|--size 8x8|--size -16x32|--size axb|--frames 4|--frames 0|--frames -3|--frames x|
-    --steps 0|--shift 0|--shift inf|--mean nan|--guidance inf|--guidance 4 3|--seed 3 -1|--seed 9223372036854775808|
-    --vae-chunk 0|--shard --fp8|--dora DORA DORA|--distill DORA DORA|--out {}/twice|--prompts {}/blank|
-    --prompts {}/binary|--prompts {}/latin|--prompts {}/none|--prompts {}/lone""".split("|")
-WRONG = {       # flags, {} the folder of wrong files -> a word of the sentence: alone, the flag
-    **{flags.strip(): flags.split()[0] for flags in ALONE}, "--sampler ddim": "ddim", "--seed ball": "ball",
-    "--seed 1 1": "ball-1", "--shard": "torchrun", "--base {}/none": "config.json", "--base {}": "config.json",
-    "--base {}/lone": "low_noise_model", "--vae-adapter {}/none": "none", "--vae-adapter DORA": DORA_FILE,
-    "--vae-adapter DORA DORA DORA": "one file", "--dora {}/none": "none", "--dora VAE": VAE_FILE, "&nbsp;": "prompt",
-    "--distill {}/text.safetensors": "text.safetensors", "--mask ball": "ball", "--mask 0.5,0.5,0,0.2": "0.5",
-    "--mask {}/empty.webp": "empty", "--mask {}/none.webm": "none", "--mask {}/text.pt": "text.pt",
-    "--mask {}/text.webm": "text.webm", "--prompts {}/twice": "a-ball-0", "--seed 1 --prompts {}/twice": "either",
-    "--out {}": "ball-0"}
-
-
-@pytest.mark.parametrize("flags", WRONG)
-def test_wrong_input_is_one_sentence(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generate, "encode_prompts", lambda args: pytest.fail("long work before the error"))
-    here = dict(DORA=base() / DORA_FILE, VAE=base() / VAE_FILE)
-    argv = [here.get(word, word) for word in flags.format(wrong_files()).split()]
-    prompt = [] if argv[0] in ("--prompts", "&nbsp;") else ["ball"]
-    fails(capsys, command, *prompt, "--base", base(), "--out", tmp_path / "out", *argv, words=[WRONG[flags]])
-    assert not (tmp_path / "out").exists()
-
-
-def test_broken_base_folder_is_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generate, "encode_prompts", lambda args: pytest.fail("long work before the error"))
-    folder, argv = shutil.copytree(base(), tmp_path / "base"), ("ball", "--base", tmp_path / "base")
-    contents = {name: (base() / name).read_bytes() for name in BASE_FILES}
-    another = dict(zip(BASE_FILES[2:], BASE_FILES[3:] + BASE_FILES[2:3]))                   # of another model
-    for name, whole in contents.items():
-        stem = name.split("/")[-1].split(".")[0]
-        for broken in (b"", whole[:len(whole) // 2], b"nothing of the kind", contents.get(another.get(name), b"[1]")):
-            (folder / name).write_bytes(broken)
-            sentence = fails(capsys, command, *argv)
-            assert stem in sentence or "is not a Wan DiT" in sentence, (name, broken[:20])
-        (folder / name).unlink()
-        fails(capsys, command, *argv, words=[stem])
-        (folder / name).write_bytes(whole)
-    config = json.loads(contents["config.json"])
-    for changes, word in ((dict(generate={}), "--vae-adapter"), (dict(text_dim=48), "text_embedding")):
-        (folder / "config.json").write_text(json.dumps(config | changes))
-        fails(capsys, command, *argv, words=[word])
-
-
-def test_the_check_reads_and_merges_no_weights_of_the_vae(monkeypatch):
-    args, read, opened = settled("ball"), files.Checkpoint.read, []
-    monkeypatch.setattr(files.Checkpoint, "read",
-                        lambda file, *names: opened.extend(file.files.values()) or read(file, *names))
-    monkeypatch.setattr(dora, "merge_tensor", lambda *_: pytest.fail("merged"))     # it imports torch's compiler: 1 s
-    generate.check(args)
-    assert not {args.vae, *map(Path, args.vae_adapter)} & set(opened)
+    name = partial(result.folder_name, seed=0)
+    assert name("Élan: 2 red glass balls, bouncing! 🐉") == "élan-2-red-glass-balls-bouncing-0"
+    assert name("../../etc") == "etc-0" and name(settled("a \udce9 ball").prompt) == "a-ball-0"     # invalid UTF-8
+    assert name("🐉") != name("🐱") and name("word " * 20 + "parrot") != name("word " * 20 + "dragon")
+    assert all(len(name(word * 3000).encode()) <= 180 for word in ("word ", "球", "𠀀", "a"))
 
 
 @cache
 def base_of_two():
     """A base folder like Wan2.2's; its two transformers differ."""
-    folder = shutil.copytree(base(), Path(kept().name) / "two")
-    state = load_file(folder / DIT_FILE)
-    (folder / DIT_FILE).unlink()
+    folder = shutil.copytree(base(), Path(kept().name) / "two", ignore=shutil.ignore_patterns(DIT_FILE))
+    state, _ = read_checkpoint(base() / DIT_FILE)
     for name, factor in (("high_noise_model", 1), ("low_noise_model", 0.7)):
-        (folder / name).mkdir()
-        save_file({key: factor * tensor for key, tensor in state.items()}, folder / name / DIT_FILE)
+        save_tensors(folder / name / DIT_FILE, {key: factor * x for key, x in state.items()})
         shutil.copy(folder / "config.json", folder / name)
     return folder
 
 
-def test_prompts_and_seeds_are_many_single_runs(tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("\ufeffa ball\r\n\n  a blue   ghost \n", encoding="utf-8")
-    flags = "--base", base(), "--out", tmp_path / "many", "--guidance", 2, *SHORT
-    assert command(["--prompts", tmp_path / "prompts.txt", "--seed", 5, 0, *flags]) == 0
-    out, err = capsys.readouterr()
-    names = ["a-ball-5", "a-ball-0", "a-blue-ghost-5", "a-blue-ghost-0"]
-    assert out.split() == [str(tmp_path / "many" / name) for name in names]
-    assert all(f"\n{stage}: seconds" in f"\n{err}" for stage in ("text", "transformer", "decode", "write"))
-    for prompt, seed, name in (("a ball", 0, names[1]), ("a blue ghost", 5, names[2])):
-        run = json.loads((tmp_path / "many" / name / "run.json").read_text())
-        assert (run["arguments"]["prompt"], run["seed"], run["arguments"]["seed"]) == (prompt, seed, seed)
-        (single,) = make(prompt, tmp_path / "single", "--guidance", 2, *SHORT, "--seed", seed)
-        assert single.name == name and pngs(single) == pngs(tmp_path / "many" / name)
+# flags, {} a folder of wrong files: a word of the sentence if that is not the flag
+WRONG = """--size 50x32|--size -16x32|--size axb|--frames 4|--frames 0|--steps 0|--shift 0|--mean nan|--guidance inf|
+    --guidance 4 3|--seed 3 -1|--seed 9223372036854775808|--seed ball: ball|--seed 1 1: ball-1|--vae-chunk 0|
+    --shard --fp8|--shard: torchrun|--base {}/none: config.json|--base {}/lone: low_noise_model|--mask ball: ball|
+    --mask {}/none.webm: none.webm|--vae-adapter {}/none: none|--vae-adapter DORA: t2v.safetensors|--dora {}/none: none|
+    --dora DORA DORA|--distill {}/blank: blank|--distill DORA DORA|--out {}/twice|--out {}: ball-0|--prompts {}/none|
+    --prompts {}/blank|--prompts {}/binary|--prompts {}/latin|--prompts {}/twice: a-ball-0|&nbsp;: prompt|
+    --seed 1 --prompts {}/twice: either"""
+
+
+@pytest.mark.parametrize("row", WRONG.split("|"))
+def test_wrong_input_is_one_sentence(row, tmp_path, monkeypatch, capsys):
+    for module, name in ((generate, "encode_prompts"), (dora, "merge_tensor")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("long work before the error"))
+    for name, content in dict(blank=b" \n\n", binary=b"a\0b", latin=b"\xe9", twice=b"A ball\na ball!").items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "ball-0").mkdir()
+    shutil.copytree(base_of_two(), tmp_path / "lone", ignore=shutil.ignore_patterns("low_noise_model"))
+    flags, _, word = row.format(tmp_path).partition(": ")
+    argv = flags.replace("DORA", str(base() / DORA_FILE)).split()
+    prompt = [] if argv[0] in ("--prompts", "&nbsp;") else ["ball"]
+    fails(capsys, command, *prompt, "--base", base(), "--out", tmp_path / "out", *argv, words=[word or argv[0]])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", BASE_FILES)
+def test_broken_base_folder_is_one_sentence(name, tmp_path, capsys):
+    file, argv = shutil.copytree(base(), tmp_path / "base") / name, ("ball", "--base", tmp_path / "base")
+    whole = file.read_bytes()
+    for broken in (b"", whole[:len(whole) // 2], b"nothing of the kind"):
+        file.write_bytes(broken)
+        fails(capsys, command, *argv, words=[file.stem])
+    file.unlink()
+    fails(capsys, command, *argv, words=[file.stem])
 
 
 @pytest.mark.parametrize("stage", ["shift_noise", "decode"])
@@ -1427,31 +1184,28 @@ def test_finished_clips_are_kept_if_a_later_one_fails(stage, tmp_path, monkeypat
             raise MemoryError
         return run(*args)
     monkeypatch.setattr(generate, stage, fail_second)
-    (tmp_path / "ball-2").mkdir()
-    (tmp_path / "ball-2" / "run.json").write_text("earlier")
-    assert command(["ball", "--base", base(), "--out", tmp_path, "--seed", 1, 2, 3, *SHORT]) == 2
+    save_json(tmp_path / "ball-2/run.json", "earlier")
+    assert command(["ball", "--base", str(base()), "--out", str(tmp_path), "--seed", *"123", *SHORT]) == 2
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'ball-1'}\n" and "not enough memory" in err.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ball-1", "ball-2"]
-    assert len(pngs(tmp_path / "ball-1")) == 1 and (tmp_path / "ball-2" / "run.json").read_text() == "earlier"
+    assert len(pngs(tmp_path / "ball-1")) == 1 and "earlier" in (tmp_path / "ball-2/run.json").read_text()
 
 
 @pytest.mark.parametrize("name, solver, start", [("euler", euler, 1.0), ("unipc", unipc, 0.999)])
+@torch.inference_mode()
 def test_two_experts_share_the_noise_levels(name, solver, start, monkeypatch):
-    load, alive = generate.load_scaled, []
+    load, loaded = generate.load_scaled, []
 
     def spy(*args):
-        assert not any(expert() for expert in alive)                            # one at a time
-        dit = load(*args)
-        alive.append(weakref.ref(dit))
+        assert not any(expert() for expert in loaded)                           # one at a time
+        loaded.append(weakref.ref(dit := load(*args)))
         return dit
     monkeypatch.setattr(generate, "load_scaled", spy)
-    args = settled("ball", "--base", base_of_two(), "--steps", 4, "--shift", 5, "--guidance", 2, 1, "--negative",
-                   "ghost", "--seed", 1, 2, "--sampler", name)
-    mask = generate.make_mask(args)
-    with torch.inference_mode():
-        contexts = generate.encode_prompts(args)
-        latents, error = generate.sample(args, contexts, mask)
+    flags = f"--steps 4 --shift 5 --guidance 2 1 --negative ghost --seed 1 2 --sampler {name}".split()
+    args = settled("ball", "--base", base_of_two(), *flags)
+    contexts, mask = generate.encode_prompts(args), generate.make_mask(args)
+    latents, error = generate.sample(args, contexts, mask)
     high, low = (load_dit(expert.path, expert.adapters) for expert in args.experts)
 
     def velocity(z, t):
@@ -1459,13 +1213,11 @@ def test_two_experts_share_the_noise_levels(name, solver, start, monkeypatch):
             return low(z, t, [contexts["ball"]])
         return guide(high(z, t, [contexts["ball"]]), high(z, t, [contexts["ghost"]]), 2)
     noise = torch.randn(latents[1].shape, generator=torch.Generator().manual_seed(2))
-    with torch.inference_mode():
-        *_, (_, z) = solver(velocity, shift_noise(noise, mask, args.mean), shifted_sigmas(4, start=start))
-    assert error is None and len(alive) == 2 and torch.equal(z, latents[1]) and not torch.equal(*latents)
+    *_, (_, z) = solver(velocity, shift_noise(noise, mask, args.mean), shifted_sigmas(4, start=start))
+    assert error is None and len(loaded) == 2 and torch.equal(z, latents[1]) and not torch.equal(*latents)
 
 
 def test_wan_2_2_has_numbers_of_its_own_unless_distilled(tmp_path):
-    adapter = shutil.copy(base() / DORA_FILE, tmp_path)
     for name in generate.EXPERTS:
         (tmp_path / name).mkdir()
 
@@ -1473,45 +1225,36 @@ def test_wan_2_2_has_numbers_of_its_own_unless_distilled(tmp_path):
         args = settled("ball", "--base", tmp_path, *flags)
         return args.steps, args.shift, [e.guidance for e in args.experts], [len(e.adapters) for e in args.experts]
     assert numbers() == (40, 12, [4, 3], [0, 0])
-    assert numbers("--distill", adapter, "--dora", adapter, "") == (4, 5, [1, 1], [2, 1])
+    assert numbers("--distill", "a.bin", "--dora", "b.bin", "") == (4, 5, [1, 1], [2, 1])
     assert numbers("--steps", 8, "--guidance", 2) == (8, 12, [2, 2], [0, 0])
+    refuses(lambda: generate.check(settled("ball", "--base", tmp_path)), "--vae-adapter")
 
 
-def test_an_error_in_one_process_ends_all(tmp_path, monkeypatch):
-    def gather(errors, error):
-        errors[1] = ValueError("the second process has no file")
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    for rank, kind in ((0, ValueError), (1, SystemExit)):
-        with pytest.raises(kind):
-            generate.prepare(parsed("ball", "--out", tmp_path), rank, 2, None)
+@pytest.mark.parametrize("rank, kind", [(0, ValueError), (1, SystemExit)])
+def test_an_error_in_one_process_ends_all(rank, kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda errors, own: errors.append(ValueError("lost")))
+    refuses(lambda: generate.prepare(parsed("ball", "--out", tmp_path), rank, 2, None), errors=kind)
 
 
-# ---- kit/memory.py
-
-CLIP = 21 * 30 * 52     # tokens of 81 frames of 832 x 480
-MEASURED = DiTConfig(dim=256, ffn_dim=640, num_heads=4, num_layers=6, text_dim=32, text_len=8)
-MATRICES = r".*_attn\.[qkvo]|.*\.ffn\.[02]"
+# ---- kit/memory.py and kit/scale.py
 
 
-def test_too_large_a_model_names_the_flags_that_make_it_fit(monkeypatch):
+@pytest.mark.parametrize("free, flags, advice", [
+    (17, "", None), (9, "", f"give {HALF}"), (9, HALF, None), (5, HALF, "give --offload"),
+    (2.5, "", f"give {HALF} --offload"), (1.5, "", f"give {HALF} {LESS}"), (9, LESS, None),
+    (1.5, f"{HALF} {LESS} --frames 401", "give a smaller --size or fewer --frames"),
+    (1.5, f"{HALF} {LESS} --frames 81", None), (0.01, "", "take a smaller model or a larger machine")])
+def test_too_large_a_model_names_the_fewest_flags_that_make_it_fit(free, flags, advice, monkeypatch):
     def needs(dit, tokens, dtype, offload, fp8, ranks, shard):
         return (1 if offload else 4) * dtype.itemsize // (2 if fp8 else 1) * 2 ** 30 + tokens * 2 ** 20, 0
-
-    def advice(free, *flags):
-        monkeypatch.setattr(memory, "free_memory", lambda device: free * 2 ** 30)
-        try:
-            return generate.check(settled("ball", *flags))
-        except ValueError as error:
-            assert "the transformer needs" in str(error) and f"{free:.1f} are free" in str(error)
-            return str(error).rpartition("; ")[2]
-    assert advice(0.5) is None                      # tiny models are never refused
+    args = settled("ball", *flags.split())
     monkeypatch.setattr(memory, "dit_memory", needs)
-    half, less = ("--dtype", "bfloat16"), ("--offload", "--fp8")
-    assert advice(17) is None and advice(9) == "give --dtype bfloat16" and advice(9, *half) is None
-    assert advice(5, *half) == "give --offload" and advice(2.5) == "give --dtype bfloat16 --offload"
-    assert advice(1.5) == "give --dtype bfloat16 --offload --fp8" and advice(9, *less) is None
-    assert advice(1.5, *half, *less, "--frames", 401) == "give a smaller --size or fewer --frames"
-    assert advice(1.5, *half, *less, "--frames", 81) is None and advice(0.01).startswith("take a smaller model")
+    monkeypatch.setattr(memory, "free_memory", lambda device: free * 2 ** 30)
+    if advice is None:
+        generate.check(args)
+    else:
+        said = refuses(lambda: generate.check(args), "the transformer needs", f"{free:.1f} are free")
+        assert said.endswith(f"; {advice}")
 
 
 @pytest.mark.parametrize("device, free, frames, size, chunk", [
@@ -1525,59 +1268,60 @@ def test_chunks_of_decoding_grow_with_free_memory(device, free, frames, size, ch
 
 def test_memory_estimates_at_known_sizes():
     """14B is 28.6 GB in bfloat16 (14.3e9 parameters); streaming keeps two of forty blocks on the device."""
+    clip, ways = 21 * 30 * 52, ({}, dict(offload=True), dict(ranks=8, shard=True))        # 81 frames of 832 x 480
     assert abs(memory.dit_memory(WAN_14B, 1, torch.bfloat16)[0] / 1e9 - 28.8) < 0.5
-    whole, streamed, small, sharded = (memory.dit_memory(WAN_14B, CLIP, torch.bfloat16, **ways) for ways in (
-        {}, {"offload": True}, {"fp8": True}, {"ranks": 8, "shard": True}))
-    assert 33e9 < whole[0] < 40e9 and streamed[0] < 11e9 and 27e9 < streamed[1] < 31e9 and small[0] < 24e9
-    assert 7e9 < sharded[0] < 11e9 and abs(memory.dit_memory(WAN_1_3B, 1, torch.float32)[0] / 5.7e9 - 1) < 0.05
-    whole, streamed, sharded, two = (memory.training_memory(WAN_14B, CLIP, **way) for way in (
-        {}, dict(offload=True), dict(ranks=8, shard=True), dict(batch=2)))
+    assert abs(memory.dit_memory(WAN_1_3B, 1, torch.float32)[0] / 5.7e9 - 1) < 0.05
+    whole, streamed, sharded, small = (memory.dit_memory(WAN_14B, clip, torch.bfloat16, **way)
+                                       for way in (*ways, dict(fp8=True)))
+    assert 33e9 < whole[0] < 40e9 and streamed[0] < 11e9 and 27e9 < streamed[1] < 31e9
+    assert 7e9 < sharded[0] < 11e9 and small[0] < 24e9
+    whole, streamed, sharded, two = (memory.training_memory(WAN_14B, clip, **way) for way in (*ways, dict(batch=2)))
     assert abs(whole["weights"] / 28.95e9 - 1) < 0.01 and abs(whole["total"] / 72.2e9 - 1) < 0.01
     assert streamed["host"] == whole["kept"] == 20 * streamed["kept"] and two["kept"] == 2 * whole["kept"]
     assert sharded["weights"] < whole["weights"] / 5 and sharded["block"] == whole["block"]
 
 
-@pytest.mark.parametrize("checkpoint", [True, False])
-def test_training_memory_is_what_a_step_allocates(checkpoint):
-    """Kept and block, and a quarter of the adapters' bytes for their gradients, against the allocator's own events."""
-    model, z = WanDiT(MEASURED), torch.randn(1, 16, 4, 32, 48)
-    for name, p in model.named_parameters():
-        p.data = p.data.to(resident_dtype(name, torch.bfloat16))
-    dora.add_dora(model, 4, 4, MATRICES)
-    if checkpoint:
-        scale.checkpoint_blocks(model, Block)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
-        model(z, torch.tensor([500.0]), torch.randn(1, 8, 32)).square().mean().backward()
-    changes = [(e.start_ns(), e.nbytes()) for e in events.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = max(accumulate(size for _, size in sorted(changes)))
-    expected = memory.training_memory(MEASURED, 4 * 16 * 24, rank=4, checkpoint=checkpoint)
-    assert expected["adapters"] == 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert abs(peak / (expected["kept"] + expected["block"] + expected["adapters"] / 4) - 1) < 0.03
+def test_training_memory_is_what_a_step_allocates():
+    """Kept and block, and a quarter of the adapters' bytes for their gradients, against the allocator's own events.
+    Blocks that are computed again give the same gradients; in host memory, which is the device here, they keep more."""
+    config, gradients = DiTConfig(dim=256, ffn_dim=640, num_heads=4, num_layers=6, text_dim=32, text_len=8), []
+    inputs = named("z", (1, 16, 4, 32, 48)), torch.tensor([500.0]), named("context", (1, 8, 32))
+    for checkpoint, offload, tolerance in ((False, False, 0.03), (True, False, 0.03), (True, True, 0.06)):
+        model = scale.place_dit(WanDiT(config), WanDiT(config).state_dict().items(), torch.bfloat16)
+        dora.add_dora(model, 4, 4, r".*_attn\.[qkvo]|.*\.ffn\.[02]")
+        model.load_state_dict(named_like(model))
+        if checkpoint:
+            scale.checkpoint_blocks(model, Block, offload)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+            model(*inputs).square().mean().backward()
+        changes = [(e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+        peak = max(accumulate(size for _, size in sorted(changes)))
+        expected = memory.training_memory(config, 4 * 16 * 24, rank=4, checkpoint=checkpoint)
+        assert expected["adapters"] == 16 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert abs(peak / (expected["kept"] + expected["block"] + expected["adapters"] / 4) - 1) < tolerance
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        for name, gradient in gradients[0].items():
+            close(gradients[-1][name], gradient, 1e-3)
 
 
-# ---- kit/scale.py
-
-SMALL_INPUTS = {w: (named("scale.z", (2, 16, 3, 2, w)), torch.tensor([750.0, 20.0]), named("scale.context", (2, 7, 32)))
-                for w in (4, 6, 10)}        # 6, 9 and 15 tokens
+SMALL_INPUTS = [(named("scale.z", (2, 16, 3, 2, w)), torch.tensor([750.0, 20.0]), named("scale.context", (2, 7, 32)))
+                for w in (4, 6, 10)]        # 6, 9 and 15 tokens
 
 
 @cache
 def small_dit():
     folder, config = Path(kept().name) / "small", DiTConfig(48, 96, 2, 3, text_dim=32, text_len=16)
-    folder.mkdir()
-    save_file(named_like(WanDiT(config)), folder / DIT_FILE)
-    (folder / "config.json").write_text(json.dumps(vars(config)))
+    save_tensors(folder / DIT_FILE, named_like(WanDiT(config)))
+    save_json(folder / "config.json", vars(config))
     return folder
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_streamed_blocks_give_the_same_bits(dtype):
+@pytest.mark.parametrize("way", [dict(dtype=torch.float32), dict(dtype=torch.bfloat16), dict(fp8=True)])
+@torch.no_grad()
+def test_streamed_blocks_give_the_same_bits(way):
     """Also in a second call, whose first block must not see what the first call left in the buffers."""
-    resident, streamed = load_dit(small_dit(), dtype=dtype), scale.load_scaled(small_dit(), dtype=dtype, offload=True)
-    with torch.no_grad():
-        assert all(torch.equal(streamed(*inputs), resident(*inputs)) for inputs in SMALL_INPUTS.values())
-    slots = {p.data_ptr() for slot in streamed.blocks.slots for p in slot.parameters()}
-    assert len(streamed.blocks.slots) == 2 and not slots & {p.data_ptr() for p in streamed.parameters()}
+    resident, streamed = (scale.load_scaled(small_dit(), **way, offload=offload) for offload in (False, True))
+    assert len(streamed.blocks.slots) == 2 and all(torch.equal(streamed(*x), resident(*x)) for x in SMALL_INPUTS)
 
 
 def test_tensors_that_share_a_page_do_not_overlap():
@@ -1588,91 +1332,69 @@ def test_tensors_that_share_a_page_do_not_overlap():
     assert tensors[0].untyped_storage().data_ptr() == tensors[1].untyped_storage().data_ptr()
 
 
+@torch.no_grad()
 def test_float8_is_close_and_one_byte():
-    """Rows of very different size keep their own scale; the result moves by a few percent, and streams bit for bit."""
+    """Rows of very different size keep their own scale; the result moves by a few percent."""
     weight = named("rows", (8, 64)) * 10.0 ** torch.arange(-4, 4)[:, None]
     numbers, factors = scale.quantize(weight)
     assert ((numbers.float() * factors - weight).norm(dim=1) / weight.norm(dim=1)).max() < 0.04
-    small, streamed = (scale.load_scaled(small_dit(), fp8=True, offload=offload) for offload in (False, True))
-    layers = [m for m in small.blocks.modules() if isinstance(m, scale.FP8Linear)]
+    model, small = load_dit(small_dit()), scale.load_scaled(small_dit(), fp8=True)
+    layers = [m for m in small.modules() if isinstance(m, scale.FP8Linear)]
     assert len(layers) == 10 * 3 and all(m.weight.dtype == torch.float8_e4m3fn for m in layers)
-    assert not any(isinstance(m, nn.Linear) for m in small.blocks.modules()) and isinstance(small.head.head, nn.Linear)
-    with torch.no_grad():
-        v, got, same = (model(*SMALL_INPUTS[6]) for model in (load_dit(small_dit()), small, streamed))
-    assert 1e-4 < (got - v).norm() / v.norm() < 0.05 and torch.equal(same, got)
+    v, got = model(*SMALL_INPUTS[1]), small(*SMALL_INPUTS[1])
+    assert 1e-4 < (got - v).norm() / v.norm() < 0.05
 
 
 TWO = """
 import sys, torch, generate
 from kit import command, scale
-rank, world, device = command.start_process_group()
-torch.set_num_threads(1)
-results, folder = dict(local=0), sys.argv[2]
+command.start_process_group()
+dit, cases, *argv = sys.argv[1:]
 with torch.inference_mode():
-    for name, ways in dict(split={}, shard={'shard': True}, streamed={'offload': True}, float8={'fp8': True}).items():
-        dit = scale.load_scaled(sys.argv[1], **ways)
-        results |= {(name, w): dit(*inputs) for w, inputs in torch.load(folder + "/inputs.pt").items()}
-        results["local"] += sum(p.to_local().numel() for p in dit.parameters() if hasattr(p, "to_local"))
-torch.save(results, f"{folder}/rank{rank}.pt")
-generate.main(sys.argv[3:])
+    for way, local, results in torch.load(cases):
+        model = scale.load_scaled(dit, **way)
+        for inputs, v in results:
+            assert (model(*inputs) - v).abs().max() < 1e-5, way
+        assert sum(p.to_local().numel() for p in model.parameters() if hasattr(p, "to_local")) == local, way
+generate.main(argv)
 """
 
 
+@torch.no_grad()
 def test_two_processes_equal_one(tmp_path, capfd):
     """6 tokens, then 9 and 15, which two cannot halve; each process keeps half of the matrices when sharded."""
-    torch.save(SMALL_INPUTS, tmp_path / "inputs.pt")
-    flags = "--frames", 5, "--size", "32x16", "--seed", 1
-    launch(tmp_path, TWO, small_dit(), tmp_path, "ball", "--base", base(), "--out", tmp_path, *flags)
+    whole, small = (scale.load_scaled(small_dit(), fp8=fp8) for fp8 in (False, True))
+    half = sum(p.numel() for name, p in whole.blocks.named_parameters() if "norm" not in name and p.ndim < 3) // 2
+    ways = ({}, 0, whole), (dict(shard=True), half, whole), (dict(offload=True), 0, whole), (dict(fp8=True), 0, small)
+    cases = [(way, local, [(inputs, model(*inputs)) for inputs in SMALL_INPUTS]) for way, local, model in ways]
+    torch.save(cases, tmp_path / "cases.pt")
+    flags = "ball", "--base", base(), "--frames", 5, "--size", "32x16", "--seed", 1
+    launch(tmp_path, TWO, small_dit(), tmp_path / "cases.pt", "--out", tmp_path, *flags)
     assert capfd.readouterr().out == f"{tmp_path / 'ball-1'}\n"                 # said once
-    (single,) = make("ball", tmp_path / "one", *flags)
+    (single,) = make(tmp_path / "one", *flags)
     for one, two in zip(read_rgba(single / "frames"), read_rgba(tmp_path / "ball-1" / "frames")):
         assert np.abs(one.astype(int) - two).max() <= 1
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    with torch.no_grad():
-        for name, ways in dict(split={}, shard={}, streamed={}, float8={"fp8": True}).items():
-            one = scale.load_scaled(small_dit(), **ways)
-            for w, inputs in SMALL_INPUTS.items():
-                assert all((got[name, w] - one(*inputs)).abs().max() < 1e-5 for got in ranks), (name, w)
-    linear = [p for name, p in load_dit(small_dit()).blocks.named_parameters() if "norm" not in name and p.ndim < 3]
-    assert [got["local"] for got in ranks] == [sum(p.numel() for p in linear) // 2] * 2
-
-
-@pytest.mark.parametrize("offload", [False, True])
-def test_checkpointed_blocks_keep_little_and_give_the_same_gradients(offload):
-    def gradients(checkpointed):
-        sizes, model = [], WanDiT(DIT_TINY)
-        dora.add_dora(model.requires_grad_(False), 2, 2, MATRICES)
-        model.load_state_dict(named_like(model))
-        if checkpointed:
-            scale.checkpoint_blocks(model, Block, offload)
-        inputs = named("z", (1, 16, 3, 4, 6)), torch.tensor([750.0]), named("context", (1, 7, 32))
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
-            y = model(*inputs)
-        y.square().sum().backward()
-        return sum(sizes), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    (plain, expected), (small, got) = gradients(False), gradients(True)
-    assert small < plain / 3 and expected.keys() == got.keys() and len(got) == 60
-    for name in expected:
-        assert (got[name] - expected[name]).abs().max() <= 1e-6 * max(1, expected[name].abs().max()), name
 
 
 # ---- trainings: the same steps however they are cut, stopped or shared
 
-SMALL = ["--size", "32", "--seed", "3", "--save-every", "2", "--log-every", "1", "--lr", "1e-3", "--muon"]
+SMALL = "--size 32 --seed 3 --save-every 2 --log-every 1 --lr 1e-3 --muon"
 RESULTS = {"vae-base": VAE_FILE, "dit-base": DIT_FILE, "vae-rgba": VAE_ADAPTER, "dit-rgba": DORA_FILE}
 
 
 def four_trainings(folder):
     """name -> (main, arguments) of all trainings, four steps each at the smallest size: a whole checkpoint folder."""
-    data, out, cache = str(folder / "data"), str(folder / "base"), ["--cache", str(folder / "cache")]
-    clips.main([data, "--clips", "3", "--size", "32", "--frames", "5"])
-    transformer = ["--steps", "4", "--batch", "2", "--frames", "5", *cache]
-    sizes = ["--dim", "24", "--heads", "2", "--layers", "1", "--text-dim", "16", "--text-layers", "1", "--text-len", "48"]
-    both = ["--base", out, "--out", out]
-    return {"vae-base": (pretrain.main, ["vae", data, "--schedule", "2:1:16:2,2:5:32:2", "--dim", "8", *SMALL, "--out", out]),
-            "dit-base": (pretrain.main, ["dit", data, *transformer, *sizes, *SMALL, *both]),
-            "vae-rgba": (train_vae.main, [data, "--schedule", "4:5:32:2", "--rank", "2", "--perceptual", "0", *SMALL, *both]),
-            "dit-rgba": (train_dit.main, [data, *transformer, "--rank", "2", *SMALL, *both])}
+    data, out = folder / "data", folder / "base"
+    clips.main(f"{data} --clips 3 --size 32 --frames 5".split())
+    latents = f"--steps 4 --batch 2 --frames 5 --cache {folder}/cache {SMALL} --base {out} --out {out}"
+    sizes = "--dim 24 --heads 2 --layers 1 --text-dim 16 --text-layers 1 --text-len 48"
+    crops = f"--rank 2 --perceptual 0 {SMALL} --base {out} --out {out}"
+    trainings = {
+        "vae-base": (pretrain.main, f"vae {data} --schedule 2:1:16:2,2:5:32:2 --dim 8 {SMALL} --out {out}"),
+        "dit-base": (pretrain.main, f"dit {data} {latents} {sizes}"),
+        "vae-rgba": (train_vae.main, f"{data} --schedule 4:5:32:2 {crops}"),
+        "dit-rgba": (train_dit.main, f"{data} {latents} --rank 2")}
+    return {name: (main, arguments.split()) for name, (main, arguments) in trainings.items()}
 
 
 def curve(folder):
@@ -1701,8 +1423,6 @@ def test_all_four_trainings_resume_bit_for_bit(tmp_path, monkeypatch):
         result = load_file(out / RESULTS[name])
         assert result.keys() == expected.keys() and all(torch.equal(result[k], expected[k]) for k in expected), name
         assert len(losses) == 4 and curve(out / name) == losses
-    adapter = load_file(out / VAE_ADAPTER)
-    assert adapter["vae_fgr.decoder.conv1.conv3D.lora_A.default.weight"].shape == (2, 16, 3, 3, 3)
     assert "blocks.0.cross_attn.o.lora_magnitude_vector.default.weight" in load_file(out / DORA_FILE)
 
 
@@ -1785,11 +1505,11 @@ def test_processes_and_passes_train_as_one(tmp_path):
 
 def a_training(folder, *flags, steps=30):
     """A short DoRA training whose latents are in the cache: fit for being stopped."""
-    arguments = [str(folder / "data"), "--base", str(base()), "--out", str(folder / "out"), "--cache",
-                 str(folder / "cache"), "--steps", str(steps), "--batch", "2", "--rank", "2", "--size", "32", "--frames",
-                 "5", "--seed", "3", "--muon", "--save-every", "1", "--log-every", "1", "--lr", "1e-3", *flags]
+    arguments = [*(f"{folder}/data --base {base()} --out {folder}/out --cache {folder}/cache --steps {steps} --batch 2 "
+                 "--rank 2 --size 32 --frames 5 --seed 3 --muon --save-every 1 --log-every 1 --lr 1e-3").split(),
+                 *flags]
     if not (folder / "data").exists():
-        clips.main([str(folder / "data"), "--clips", "3", "--size", "32", "--frames", "5"])
+        clips.main(f"{folder}/data --clips 3 --size 32 --frames 5".split())
         encode(arguments)
     return arguments
 
@@ -1821,7 +1541,7 @@ def started(arguments):
 
 def steps_done(out):
     log = out / "dit-rgba/log.jsonl"
-    return len(log.read_text().splitlines()) if log.exists() else 0
+    return log.read_text().count("\n") if log.exists() else 0
 
 
 def wait_for(condition, process, seconds=60):
@@ -1897,7 +1617,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, no_
     usual = [0.1] * 200
     run.check_loss(4.9, 1.0, usual, 200, ["a"], Path("c.pt"))
     run.check_loss(9.0, 1.0, usual[:50], 50, ["a"], Path("c.pt"))
-    refuses(lambda: run.check_loss(5.1, 1.0, usual, 200, ["a"], Path("c.pt")), "over 50 times its median 0.1 at step 200", "clips a")
+    refuses(lambda: run.check_loss(5.1, 1.0, usual, 200, ["a"], Path("c.pt")), "over 50 times its median", "clips a")
 
 
 def test_resume_wants_the_same_run_and_a_new_one_a_new_folder(tmp_path, no_sheets):
@@ -1908,7 +1628,7 @@ def test_resume_wants_the_same_run_and_a_new_one_a_new_folder(tmp_path, no_sheet
     refuses(lambda: train_dit.main(arguments), "holds a run already: --resume goes on")
     for flags, named in ((["--lr", "2e-3"], "other lr:"), (["--mean", "0.1", "--seed", "4"], "other mean, seed:")):
         refuses(lambda: train_dit.main([*arguments, *flags, "--resume"]), named, "--start")
-    refuses(lambda: train_dit.main([*arguments, "--out", str(tmp_path / "new"), "--start", __file__]), "not a checkpoint")
+    refuses(lambda: train_dit.main([*arguments, "--out", str(tmp_path / "new"), "--start", __file__]), "checkpoint")
     assert (tmp_path / "out/dit-rgba/run.json").read_text() == said
     train_dit.main([*arguments, "--resume", "--workers", "2", "--save-every", "7"])       # it is finished: no step left
     (tmp_path / "data/00002.apng").unlink()
@@ -1917,11 +1637,10 @@ def test_resume_wants_the_same_run_and_a_new_one_a_new_folder(tmp_path, no_sheet
 
 def test_summary_curves_and_record_are_written(tmp_path, no_sheets, capsys):
     train_dit.main(a_training(tmp_path, "--lora", "--rank", "8", steps=3))       # matrices only: all for Muon
-    summary = json.loads((tmp_path / "out/dit-rgba/summary.json").read_text())
+    folder = tmp_path / "out/dit-rgba"
+    summary, record = (json.loads((folder / name).read_text()) for name in ("summary.json", "run.json"))
     assert summary["steps"] == 3 and 0 <= summary["waited_for_data"] <= 1 and summary["peak_memory_gb"] > 0.1
-    assert iio.imread(tmp_path / "out/dit-rgba/curves.png").shape[2] == 3
-    assert "steps a second" in capsys.readouterr().out
-    record = json.loads((tmp_path / "out/dit-rgba/run.json").read_text())
+    assert iio.imread(folder / "curves.png").shape[2] == 3 and "steps a second" in capsys.readouterr().out
     assert record["arguments"]["betas"] == [0.9, 0.999] and record["versions"]["processes"] == 1
     assert {key.split(".")[-3] for key in load_file(tmp_path / "out" / DORA_FILE)} == {"lora_A", "lora_B"}
 
@@ -1930,9 +1649,7 @@ def test_a_folder_of_mixed_aspects_trains_draws_and_survives_damaged_records(tmp
     for i, size in enumerate(((16, 32), (32, 16))):
         clip = clips.procedural_clip(i, size, 1, two=0)
         clips.write_rgba(tmp_path / f"data/{i}.webp", clip.rgb, clip.alpha)
-    arguments = [str(tmp_path / "data"), "--base", str(base()), "--out", str(tmp_path / "out"), "--cache",
-                 str(tmp_path / "cache"), "--size", "32x16", "--frames", "1", "--batch", "2", "--rank", "2", "--steps", "2",
-                 "--workers", "0"]
+    arguments = a_training(tmp_path, "--size", "32x16", "--frames", "1", "--save-every", "2", steps=2)
     train_dit.main(arguments)
     assert (tmp_path / "out" / DORA_FILE).exists() and (tmp_path / "out/dit-rgba/sheet-000002.png").exists()
     for file in (tmp_path / "cache").iterdir():
@@ -1970,14 +1687,14 @@ def test_workers_bring_batches_in_order_and_errors_as_they_are(workers):
     for step in (2, 3, 4):
         (batch,) = next(batches)
         fresh = [sample_generator(1, step, index) for index in range(2)]
-        assert batch["step"] == step and torch.equal(batch["x"], torch.stack([torch.rand((), generator=g) for g in fresh]))
+        assert batch["step"] == step and batch["x"].tolist() == [float(torch.rand((), generator=g)) for g in fresh]
         later = [torch.rand((), generator=g) for g in batch["generators"]]      # they travelled, and go on
         assert later == [torch.rand((), generator=g) for g in fresh]
     refuses(lambda: next(batches), "clip.mov cannot be read (the run stopped there; --resume")
 
 
 def test_every_sample_has_random_numbers_of_its_own():
-    seen = {sample_generator(seed, step, i).initial_seed() for seed in (0, 1) for step in range(50) for i in range(-1, 40)}
+    seen = {sample_generator(*numbers).initial_seed() for numbers in product((0, 1), range(50), range(-1, 40))}
     assert len(seen) == 2 * 50 * 41 and max(seen) < 2 ** 32                 # what torch's generator takes of a seed
     assert [list(part) for rank in range(2) for part in shares(12, rank, 2, 3)] == [[k, k + 1] for k in range(0, 12, 2)]
     refuses(lambda: shares(10, 0, 2, 2), "batch of 10 cannot be cut into 4 equal parts")
@@ -1994,20 +1711,17 @@ def test_muon_moves_kernels_as_matrices_b_takes_larger_steps_and_the_rate_falls(
     (adamw,) = run.make_optimizers(add_dora(nn.Sequential(nn.Linear(3, 3)), 2, 2, ".*"), run_flags(lora_plus=16.0))
     assert {group["scale"]: [len(p) for p in group["params"]] for group in adamw.param_groups} == {1: [2, 3], 16: [3]}
     rates = [run.learning_rate(step, 100, 2.0, warmup=10) for step in range(100)]
-    assert rates[0] == 0.2 and max(rates) == rates[9] and 0 < rates[-1] < 0.05 and rates[10:] == sorted(rates[10:])[::-1]
+    assert rates[0] == 0.2 and max(rates) == rates[9] and 0 < rates[-1] < 0.05
 
 
 def test_times_are_float32_under_autocast():
     """The base transformer computes in bfloat16, which knows no difference between the times 999 and 1000."""
-    model, seen = WanDiT(DIT_TINY), []
-    model.load_state_dict(named_like(model))
+    model, seen = tiny_dit(), []
     pretrain.keep_float32(model.time_embedding, model.time_projection, model.head.head)
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
-    inputs = named("z", (1, 16, 1, 2, 2)), torch.tensor([999.0]), named("context", (1, 3, 32))
-    with torch.no_grad():
-        model(*inputs)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert model(*inputs).dtype == torch.float32
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            assert model(*dit_inputs()).dtype == torch.float32
     assert seen[0].dtype == seen[1].dtype == torch.float32 and torch.equal(*seen)
 
 
@@ -2046,7 +1760,7 @@ def curve_pixels(path):
 def test_curves_have_a_panel_for_each_scalar_rise_and_leave_gaps(tmp_path):
     file = tmp_path / "curves.png"
     for n, shape in ((1, (200, 360, 3)), (8, (600, 1080, 3))):
-        curves.draw_curves(file, [{"step": step, "seconds": 1.0} | {f"x{i}": step for i in range(n)} for step in (50, 100)])
+        curves.draw_curves(file, [dict(step=step, seconds=1.0, **{f"x{i}": step for i in range(n)}) for step in (1, 2)])
         assert iio.imread(file).shape == shape
     for values in (range(-4, 4), [10.0 ** i for i in range(8)]):                    # decades on a log axis
         curves.draw_curves(file, [dict(step=i, loss=value) for i, value in enumerate(values)])
@@ -2062,33 +1776,31 @@ def test_curves_have_a_panel_for_each_scalar_rise_and_leave_gaps(tmp_path):
 
 # ---- wrong input of the trainings
 
-VAE_WRONG = [("nowhere", "--schedule", "9:5:32:2", "nowhere"), ("data",), ("{data}", "--schedule", "10:4:32:2", "4k+1"),
-             ("{data}", "--schedule", "-1:5:32:2", "--schedule"), ("{data}", "--schedule", "9:5:8:2", "16 on"),
-             ("{data}", "--schedule", "9:5:24:2", "multiples of 16"), ("{data}", "--base", "nowhere", "nowhere"),
-             ("{data}", "--schedule", "9:5:32:2", "--vgg", "nowhere.pth", "nowhere.pth"),
-             ("{data}", "--schedule", "9:5:64:2", "--size", "32", "--size 32"), ("{data}", "--size", "40", "--size 40"),
-             ("{data}", "--schedule", "9:5:32:1", "--tabd-clamp", "1", "-1", "lower bound"),
-             ("{data}", "--schedule", "9:5:32:3", "--accumulate", "2", "multiple of that"),
-             ("{data}", "--device", "cuda:99", "cuda:99")]
-DIT_WRONG = [("{data}", "--frames", "16", "4k+1"), ("{data}", "--size", "30x32", "30x32"), ("{data}", "--base", "nowhere", "nowhere"),
-             ("{data}", "--vae-adapter", "nowhere.bin", "nowhere.bin")]
-PRE_WRONG = [("dit", "{data}", "--base", "{data}", "--dim", "50", "--dim 50"), ("dit", "{data}", "--frames", "16", "4k+1"),
-             ("vae", "{data}", "--out", "{out}", "--schedule", "1:1:16:1", "--start", "{data}/00000.apng", "00000.apng"),
-             ("vae", "{data}", "--out", "{out}", "--size", "32", "--size 32"), ("other", "invalid choice")]
-FLAGS = [("--lr", "nan"), ("--lr", "0"), ("--clip", "-1"), ("--betas", "2", "2"), ("--workers", "-1"), ("--warmup", "0"),
-         ("--accumulate", "0"), ("--seed", "-1"), ("--lora-plus", "0"), ("--weight-decay", "inf"), ("--size", "0")]
+WRONG_TRAININGS = {       # script -> arguments, and the word that the sentence must hold
+    train_vae: [("nowhere --schedule 9:5:32:2", "nowhere"), ("", "data"), ("{data} --schedule 10:4:32:2", "4k+1"),
+                ("{data} --schedule -1:5:32:2", "--schedule"), ("{data} --schedule 9:5:8:2", "16 on"),
+                ("{data} --schedule 9:5:24:2", "multiples of 16"), ("{data} --base nowhere", "nowhere"),
+                ("{data} --schedule 9:5:32:2 --vgg nowhere.pth", "nowhere.pth"), ("{data} --size 40", "--size 40"),
+                ("{data} --schedule 9:5:64:2 --size 32", "--size 32"), ("{data} --device cuda:99", "cuda:99"),
+                ("{data} --schedule 9:5:32:1 --tabd-clamp 1 -1", "lower bound"),
+                ("{data} --schedule 9:5:32:3 --accumulate 2", "multiple of that")],
+    train_dit: [("{data} --frames 16", "4k+1"), ("{data} --size 30x32", "30x32"), ("{data} --base nowhere", "nowhere"),
+                ("{data} --vae-adapter nowhere.bin", "nowhere.bin"), ("", "data")],
+    pretrain: [("dit {data} --base {data} --dim 50", "--dim 50"), ("dit {data} --base {data} --frames 16", "4k+1"),
+               ("vae {data} --out {out} --schedule 1:1:16:1 --start {data}/00000.apng", "00000.apng"),
+               ("vae {data} --out {out} --size 32", "--size 32"), ("other", "invalid choice")]}
+FLAGS = ("--lr nan", "--lr 0", "--clip -1", "--betas 2 2", "--workers -1", "--warmup 0", "--accumulate 0", "--seed -1",
+         "--lora-plus 0", "--weight-decay inf", "--size 0")
 
 
 def test_trainings_refuse_wrong_input_in_one_sentence(tmp_path):
-    clips.main([str(tmp_path / "data"), "--clips", "1", "--size", "32", "--frames", "5"])
-    places = dict(data=tmp_path / "data", out=tmp_path / "out")
-    for script, rows in ((train_vae, VAE_WRONG), (train_dit, DIT_WRONG), (pretrain, PRE_WRONG)):
-        for *arguments, word in rows:
-            refuses(lambda: script.main([argument.format(**places) for argument in arguments]), word)
+    clips.main(f"{tmp_path}/data --clips 1 --size 32 --frames 5".split())
+    for script, rows in WRONG_TRAININGS.items():
+        for arguments, word in rows:
+            refuses(lambda: script.main(arguments.format(data=tmp_path / "data", out=tmp_path / "out").split()), word)
     for script in (train_vae, train_dit):
-        for flag, *values in FLAGS:
-            refuses(lambda: script.main(["data", flag, *values]), f"argument {flag}", "is not")
-        refuses(lambda: script.main([]), "data")
+        for flag in FLAGS:
+            refuses(lambda: script.main(["data", *flag.split()]), f"argument {flag.split()[0]}", "is not")
 
 
 @pytest.mark.parametrize("section", [dict(size=64), dict(frames="17"), dict(size=[64, "64"]), 5])
@@ -2104,7 +1816,8 @@ def test_a_command_ends_with_the_right_words(capsys):
         def main():
             raise error
         return run_command(main, "name"), capsys.readouterr().err
-    assert ends(ValueError("two\nlines")) == (2, "name: two lines\n") and ends(KeyboardInterrupt()) == (130, "name: stopped\n")
+    assert ends(ValueError("two\nlines")) == (2, "name: two lines\n")
+    assert ends(KeyboardInterrupt()) == (130, "name: stopped\n")
     for text in ("CUDA out of memory. Tried to allocate", "DefaultCPUAllocator: can't allocate memory: you tried"):
         code, said = ends(RuntimeError(text))
         assert code == 2 and "not enough memory" in said
