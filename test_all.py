@@ -15,7 +15,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -31,9 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_dit
 import train_vae
-from dit import DiTConfig, load_dit, read_config, rope_table, rotate, sinusoids, WAN_14B, WAN_1_3B, WanDiT
+from dit import load_dit, read_config, rope_table, WAN_14B, WAN_1_3B, WanDiT
 from dora import (adapted_layers, adapter_state, add_dora, add_lora, Delta, load_adapter_state, merge_adapter,
-                  merge_tensor, parse_adapter)
+                  merge_tensor)
 from kit import evaluate
 from kit.clips import procedural_clip
 from kit.command import run_command
@@ -41,9 +40,9 @@ from kit.files import Checkpoint
 from kit.media import read_rgba, write_rgba
 from kit.score import compare_clips
 from kit.test_kit import (block_adapters, CAPTIONS, close, DIT_FILE, dit_folder, dit_inputs, DIT_TINY, dora_file, far,
-                          kept, lightx2v_file, named, named_like, official, official_videos, rgba_files, ROOT, same,
+                          filled, kept, lightx2v_file, named, official, official_videos, rgba_files, ROOT, same,
                           smooth_video, TEXT_FILE, TEXT_TINY, tiny_dit, tiny_rgba, tiny_vae)
-from losses import (edge_loss, gradient_magnitude, hard_render, PALETTE, random_colors, reconstruction_loss, rgba_loss,
+from losses import (edge_loss, gradient_magnitude, hard_render, random_colors, reconstruction_loss, rgba_loss,
                     soft_render, tabd_loss, tabd_mask, VGG)
 from merge import FeatureMerge, load_rgba_vae, RGBAVAE
 from sampler import (ellipse_mask, euler, filled_ellipse, fit_ellipse, flow_target, gaussian, gaussian_mask, guide,
@@ -66,16 +65,12 @@ def test_vae_is_the_same_in_any_chunks(chunk):
 
 
 def test_vae_is_causal():
-    """Without the frames of the last latent frame nothing before it changes. The second latent frame starts its history
-    anew: upsampling in time sees zeros, not the first frame, before it; downsampling does see the first."""
+    """Without the frames of the last latent frame nothing before it changes."""
     vae, video, z = tiny_vae(), named("causal", (1, 3, 13, 16, 16)), named("causal", (1, 16, 4, 2, 2))
     for run, x, last, start in ((vae.encode, video, 9, 3), (vae.decode, z, 3, 9)):
         whole, other = run(x, None), run(torch.cat([x[:, :, :last], 0 * x[:, :, last:]], 2), None)
         close(whole[:, :, :start], other[:, :, :start], 1e-5)
         far(whole[:, :, start:], other[:, :, start:])
-    for layer, c, t, check in ((vae.decoder.upsamples[3], 32, 3, close), (vae.encoder.downsamples[5], 16, 5, far)):
-        x = named("history", (1, c, t, 4, 4))
-        check(layer(x)[:, :, 1:], layer(torch.cat([0 * x[:, :, :1], x[:, :, 1:]], 2))[:, :, 1:])
 
 
 def test_vae_memory_does_not_grow_with_the_clip():
@@ -95,7 +90,6 @@ def test_vae_loads_pth_and_safetensors_with_their_statistics(tmp_path):
     save_file(vae.state_dict(), tmp_path / "v.safetensors", dict(mean=json.dumps(mean), std=json.dumps(std)))
     again, half = (load_vae(tmp_path / "v.safetensors", dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    same(again.state_dict(), vae.state_dict())
     close(again.encode(video)[:, 2], (again.moments(again.features(video))[0][:, 2] - 2) / 3)
     close(again.decode(again.encode(video)), vae.decode(vae.encode(video)))       # each takes back its own statistics
 
@@ -113,7 +107,6 @@ def test_rgba_streaming_is_exact():
     for chunk in (4, 8, None):
         close(rgba.encode(rgb, alpha, color, chunk), whole)
     close(rgba.encode(rgb, alpha), rgba.encode(torch.where(alpha > 0, rgb, 1.0), alpha, None))
-    far(rgba.encode(rgb, alpha), whole)
 
 
 def test_merge_block_starts_as_the_base_encoder():
@@ -123,25 +116,17 @@ def test_merge_block_starts_as_the_base_encoder():
     close(vae.normalize(rgba.merged(rgb, alpha)), vae.encode(rgb))
 
 
-def test_decoder_bin_decodes_only_and_frozen_copies_are_skipped(tmp_path):
-    """And nobody keeps what nobody uses: the base has no decoder, the branches no encoder."""
-    base, whole, decoders = rgba_files()
-    frozen = ("vae_fgr.decoder.conv1.conv3D.base_layer.weight", "vae_pha.encoder.conv1.weight", "vgg_loss.features.0")
-    torch.save(torch.load(whole) | {name: torch.zeros(3) for name in frozen}, tmp_path / "VAE.bin")
-    rgba, only = load_rgba_vae(base, tmp_path / "VAE.bin"), load_rgba_vae(base, decoders)
-    assert rgba.skipped == 3 and only.skipped == 0
-    same(only.state_dict(), {name: p for name, p in rgba.state_dict().items() if name.startswith("vae_")})
-    assert {".".join(name.split(".")[:2]) for name in rgba.state_dict()} == {
+def test_rgba_vae_holds_what_is_of_use_and_on_the_meta_device_reads_no_tensor(monkeypatch):
+    """The base has no decoder, a branch no encoder; decoder.bin, or a pair of whole VAEs, decodes only."""
+    base, *adapters = rgba_files()
+    adapters += [(base, base)]
+    state, decoders, _ = states = [load_rgba_vae(base, adapter).state_dict() for adapter in adapters]
+    same(decoders, {name: p for name, p in state.items() if name.startswith("vae_")})
+    assert {".".join(name.split(".")[:2]) for name in state} == {
         "vae.encoder", "vae.conv1", "middle.block",
         "vae_fgr.conv2", "vae_fgr.decoder", "vae_pha.conv2", "vae_pha.decoder"}
-
-
-def test_rgba_vae_on_the_meta_device_reads_no_tensor(monkeypatch):
-    base, *adapters = rgba_files()
-    adapters += [(base, base)]                                              # for two merged decoders
-    expected = [load_rgba_vae(base, adapter).state_dict() for adapter in adapters]
     monkeypatch.delattr(Checkpoint, "read")
-    for adapter, state in zip(adapters, expected):
+    for adapter, state in zip(adapters, states):
         meta = load_rgba_vae(base, adapter, torch.bfloat16, "meta").state_dict()
         assert all(p.is_meta and p.dtype == torch.bfloat16 for p in meta.values())
         assert {name: p.shape for name, p in meta.items()} == {name: p.shape for name, p in state.items()}
@@ -260,7 +245,6 @@ DIALECTS = {      # what stands before a layer's name; what after it, for A, B a
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_dora_every_dialect_merges_to_the_same(dialect):
-    """And of the model, parsing needs no more than names and shapes."""
     state, adapter, (before, after), respelled = tiny_dit().state_dict(), dora_file(), DIALECTS[dialect], {}
     layers = [key.removesuffix(".lora_A.default.weight") for key in adapter if "lora_A" in key]
     for layer in layers:
@@ -269,17 +253,12 @@ def test_dora_every_dialect_merges_to_the_same(dialect):
         if dialect in ("alpha", "kohya", "kohya2"):
             b, respelled[f"{name}.alpha"] = 2 * b, torch.tensor(2.0)         # s = alpha / r = 2 / 4
         respelled |= {name + end: tensor for end, tensor in zip(after, (a, b, m))}
-    deltas = parse_adapter(respelled, {name: weight.to("meta") for name, weight in state.items()}, 0.5)
-    assert list(deltas) == [f"{layer}.weight" for layer in layers] and len(layers) == 20
-    merged = {name: merge_tensor(state[name], delta) for name, delta in deltas.items()}
-    same(state | merged, merge_adapter(state, adapter, 0.5))
+    same(merge_adapter(state, respelled, 0.5), merge_adapter(state, adapter, 0.5))
 
 
 def test_dora_diffs_go_to_weight_bias_and_modulation():
     state, before = tiny_dit().state_dict(), tiny_dit().state_dict()
-    changes = {"diffusion_model.blocks.0.norm3.diff": "blocks.0.norm3.weight",
-               "diffusion_model.blocks.0.norm3.diff_b": "blocks.0.norm3.bias",
-               "blocks.1.ffn.0.diff": "blocks.1.ffn.0.weight", "lora_unet_blocks_1_ffn_2.diff_b": "blocks.1.ffn.2.bias",
+    changes = {"blocks.1.ffn.0.diff": "blocks.1.ffn.0.weight", "lora_unet_blocks_1_ffn_2.diff_b": "blocks.1.ffn.2.bias",
                "blocks.0.diff_m": "blocks.0.modulation", "blocks.1.modulation.diff": "blocks.1.modulation"}
     diffs = {key: named(key, state[name].shape) for key, name in changes.items()}
     merged = merge_adapter(state, diffs, 0.5)
@@ -303,37 +282,24 @@ def test_models_have_the_names_and_sizes_of_wan(tmp_path):
 
 @pytest.mark.parametrize("head_dim, pairs", [(128, (22, 21, 21)), (24, (4, 4, 4)), (32, (6, 5, 5)), (64, (12, 10, 10))])
 def test_dit_rope_splits_a_head_over_time_height_and_width(head_dim, pairs):
-    """And attention sees relative positions."""
-    t, h, w = size = 3, 4, 5
-    cos, sin = rope = rope_table(head_dim, *size)
+    t, h, w = 3, 4, 5
+    cos, sin = rope_table(head_dim, t, h, w)
     angles = [[10000 ** (-i / k) if axis == turned else 0 for turned, k in enumerate(pairs) for i in range(k)]
               for axis in range(3)]
     torch.testing.assert_close(torch.atan2(sin, cos)[[h * w, w, 1]], torch.tensor(angles))   # (1,0,0) (0,1,0) (0,0,1)
-    q, k = (rotate(named(name, (1, 1, 1, head_dim)).expand(-1, -1, t * h * w, -1), rope) for name in "qk")
-    logits = (q @ k.mT).view(*size, *size)
-    for axis, n in enumerate(size):
-        close(*(logits.narrow(axis, i, n - 1).narrow(axis + 3, i, n - 1) for i in (0, 1)))
-        far(logits.select(axis + 3, 0), logits.select(axis + 3, 1))
 
 
-def test_dit_pads_the_context_with_zeros_before_the_text_mlp_and_does_not_mask_them():
-    """Times and prompts are each sample's own; prompts may be of several lengths."""
-    model, (z, t, context) = tiny_dit(), dit_inputs()
-    v, prompt = model(z, t, context), named("long.context", (16, 32))
-    close(model(z, t, torch.cat([context, torch.zeros(1, 9, 32)], dim=1)), v)
+def test_dit_samples_have_their_own_times_and_prompts_of_any_length():
+    model, (z, t, context), prompt = tiny_dit(), dit_inputs(), named("long.context", (16, 32))
     two = model(torch.cat([z, z]), torch.tensor([20.0, 750.0]), [prompt, context[0]])
-    close(two, torch.cat([model(z, torch.tensor([20.0]), prompt[None]), v]))
-    far(two[:1], v)
-    model.config = DiTConfig(**asdict(DIT_TINY) | {"text_len": 8})
-    far(model(z, t, context), v, 1e-3)                                      # fewer zeros, another answer
+    close(two, torch.cat([model(z, torch.tensor([20.0]), prompt[None]), model(z, t, context)]))
+    far(two[:1], two[1:])
 
 
 def test_dit_keeps_time_in_float32(tmp_path):
-    """As cosines, then sines; bfloat16 would turn both times into 988."""
+    """bfloat16 would turn both times into 988."""
     z, _, context = dit_inputs()
     times = torch.tensor([988.49, 987.17])
-    angles = times.double()[:, None] * 10000 ** (-torch.arange(128) / 128).double()
-    torch.testing.assert_close(sinusoids(times, 256), torch.cat([angles.cos(), angles.sin()], dim=1).float())
     near, after = (tiny_dit()(z, time[None], context) for time in times)
     for model in (load_dit(dit_folder(tmp_path / "tiny"), dtype=torch.bfloat16), tiny_dit().bfloat16()):
         v, change = model(z, times[:1], context), model(z, times[:1], context) - model(z, times[1:], context)
@@ -347,53 +313,44 @@ def test_dit_norms_modulation_and_stream_are_float32_for_bfloat16_weights(tmp_pa
         module.register_forward_hook(lambda module, _, y: dtypes.setdefault(type(module).__name__, set()).add(y.dtype))
     model(*dit_inputs())
     assert dtypes["Block"] == dtypes["LayerNorm"] == {torch.float32} and dtypes["Attention"] == {torch.bfloat16}
-    kept_in_float32 = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
-    assert {"time_embedding.0.weight", "time_projection.1.bias", "head.head.weight", "head.modulation",
-            "blocks.0.modulation", "blocks.1.norm3.bias", "blocks.1.self_attn.norm_q.weight"} <= kept_in_float32
-    assert model.blocks[1].ffn[0].weight.dtype == model.blocks[0].self_attn.o.bias.dtype == torch.bfloat16
+    for name, p in model.named_parameters():
+        assert (p.dtype == torch.float32) is any(word in name for word in ("time_", "modulation", "norm", "head")), name
 
 
 def test_dit_starts_at_zero_and_learns():
     torch.manual_seed(0)
-    model, inputs, target, losses = WanDiT(DIT_TINY), dit_inputs(), torch.randn(1, 16, 3, 4, 6), []
+    model, inputs, target = WanDiT(DIT_TINY), dit_inputs(), torch.randn(1, 16, 3, 4, 6)
     assert not model(*inputs).any() and model.blocks[0].norm3.weight.eq(1).all()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(30):
-        losses.append((model(*inputs) - target).square().mean())
+        loss = (model(*inputs) - target).square().mean()
         optimizer.zero_grad()
-        losses[-1].backward()
+        loss.backward()
         optimizer.step()
-    assert losses[-1] < 0.8 * losses[0] and all(p.grad.abs().sum() > 0 for p in model.parameters())
+    assert loss < 0.8 * target.square().mean() and all(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_dit_folder_shards_and_single_file_are_the_same_model(tmp_path):
+def test_dit_is_the_same_from_shards_or_one_file_with_adapters_merged_in_order(tmp_path):
     """Config.json may say what it likes, or little: sizes are in the tensors."""
     folder, sharded = dit_folder(tmp_path / "one"), dit_folder(tmp_path / "three", shards=3)
     (sharded / "config.json").write_text(json.dumps(dict(num_heads=2, text_len=16, patch_size=2)))
+    (dora, _), distill = block_adapters(tmp_path)
+    merged = merge_adapter(merge_adapter(tiny_dit().state_dict(), dora_file(), 0.5), lightx2v_file())
     for path in (sharded, folder / DIT_FILE, str(folder)):
-        model = load_dit(path)
+        model = load_dit(path, [(dora, 0.5), distill])
         assert model.config == DIT_TINY
-        same(model.state_dict(), tiny_dit().state_dict())
+        same(model.state_dict(), merged)
+    half = load_dit(folder, [(dora, 0.5), distill], torch.bfloat16).state_dict()
+    same(half, {name: p.to(half[name].dtype) for name, p in merged.items()})    # one rounding, after both merges
     with open(folder / DIT_FILE, "r+b") as opened:
         opened.write(bytes((folder / DIT_FILE).stat().st_size))
-    same(model.state_dict(), tiny_dit().state_dict())                       # the file is not the model's memory
-
-
-def test_dit_merges_adapters_in_order_while_loading(tmp_path):
-    folder, (dora, distill) = dit_folder(tmp_path / "tiny", shards=2), block_adapters(tmp_path)
-    first = merge_adapter(tiny_dit().state_dict(), dora_file(), 0.5)
-    state = load_dit(folder, [(dora[0], 0.5), distill]).state_dict()
-    same(state, merge_adapter(first, lightx2v_file()))
-    half = load_dit(folder, [(dora[0], 0.5), distill], torch.bfloat16).state_dict()
-    same(half, {name: p.to(half[name].dtype) for name, p in state.items()})  # one rounding, after both merges
+    same(model.state_dict(), merged)                                            # the file is not the model's memory
 
 
 def tiny_umt5():
-    model = UMT5(TEXT_TINY)
-    state = named_like(model)
-    state["token_embedding.weight"] *= 32 ** 0.5
-    model.load_state_dict(state)
-    return model.requires_grad_(False)
+    model = filled(UMT5(TEXT_TINY))
+    model.token_embedding.weight *= 32 ** 0.5
+    return model
 
 
 def seeded(n=1):
@@ -417,7 +374,6 @@ def test_text_distances_fall_into_t5_buckets():
     for distance, bucket in left.items():
         assert buckets[distance, 0] == bucket                                   # the key stands on the left,
         assert buckets[0, distance] == (bucket + 16 if distance else 0)         # or on the right
-    assert torch.equal(buckets[1:, 1:], buckets[:-1, :-1])
 
 
 def test_text_encoder_starts_as_t5_but_hears_word_order_at_once():
@@ -453,9 +409,8 @@ def test_text_encoder_ends_prompts_once_cuts_long_ones_and_hides_padding():
     words = "<pad> </s> <unk> . a from left moving right to , - ball blue ghost glass red semi transparent".split()
     assert encoder.tokenizer.get_vocab() == {word: i for i, word in enumerate(words)}       # frequent ones first
     prompts = ["Red dragon", "", "red &amp; red &amp; red &amp; ball"]
-    (ids, mask), red = encoder.tokenize(prompts), words.index("red")
+    (ids, _), red = encoder.tokenize(prompts), words.index("red")
     assert ids[:2].tolist() == [[red, 2, 1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]       # a dragon is unknown: 2
-    assert mask.sum(1).tolist() == [3, 1, 8]
     for prompt, context in zip(prompts, encoder(prompts)):
         close(context, encoder([prompt])[0])                                    # (l d), as without the batch's padding
     encoder.tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -464,20 +419,18 @@ def test_text_encoder_ends_prompts_once_cuts_long_ones_and_hides_padding():
         assert encoder.tokenize(["red " * 3000])[0].tolist() == [[red] * 7 + [1]]
 
 
-@pytest.mark.parametrize("ending, write", [(".safetensors", save_file), (".pth", torch.save)])
-def test_text_encoder_loads_from_a_folder(tmp_path, ending, write):
+def test_text_encoder_loads_from_a_folder(tmp_path):
     """Sizes come from the tensors, the length of prompts from config.json and never from the tokenizer's own file."""
-    file, tokenizer = (tmp_path / TEXT_FILE).with_suffix(ending), make_tokenizer(CAPTIONS)
-    write(tiny_umt5().state_dict(), file)
+    file, tokenizer = (tmp_path / TEXT_FILE).with_suffix(".pth"), make_tokenizer(CAPTIONS)
+    torch.save(tiny_umt5().state_dict(), file)                                  # as released
     exact = TextEncoder(tokenizer, tiny_umt5())(CAPTIONS)
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=40)
     (tmp_path / "google/umt5-xxl").mkdir(parents=True)
     tokenizer.save(str(tmp_path / "google/umt5-xxl/tokenizer.json"))
-    encoder, half = load_text_encoder(tmp_path), load_text_encoder(str(tmp_path), torch.bfloat16)(CAPTIONS)[1]
+    encoder = load_text_encoder(str(tmp_path))
     assert encoder.model.config == TEXT_TINY and encoder.text_len == 512
     assert all(torch.equal(a, b) for a, b in zip(encoder(CAPTIONS), exact, strict=True))
-    assert half.dtype == torch.bfloat16 and (half.float() - exact[1]).std() < 0.03 * exact[1].std()
     (tmp_path / "config.json").write_text('{"text_len": 9}')
     assert load_text_encoder(tmp_path).text_len == load_text_encoder(file).text_len == 9
 
@@ -497,7 +450,6 @@ def test_renders_of_straight_alpha():
     soft, hard = soft_render(rgb, alpha, colors), hard_render(rgb, alpha, colors)
     assert soft[0, :, 0, 0].tolist() == [[1.0, 0.875, 0.5], [-1.0, -0.625, 0.5], [1.0, 0.875, 0.5]]     # 0.5/4 + 3/4
     assert hard[1, :, 0, 0].tolist() == [[-1.0, 0.5, 0.5], [-1.0, 0.5, 0.5], [1.0, 0.5, 0.5]]
-    assert torch.equal(soft_render(rgb, alpha, colors[0])[0], soft[0])          # one colour for all samples
 
 
 def test_sobel_sees_8_and_central_differences_2_where_grey_rises_by_1_a_pixel():
@@ -519,7 +471,6 @@ def test_reconstruction_loss_is_the_sum_of_l1_edges_and_relu2_2_of_vgg(tmp_path)
     l1, perceptual = (x - y).abs().mean(), (fx - fy).square().mean()
     assert torch.allclose(vgg(x, y), perceptual, rtol=1e-4) and not any(p.requires_grad for p in vgg.parameters())
     assert torch.allclose(reconstruction_loss(x, y, vgg, 200, 3), l1 + 200 * vgg(x, y) + 3 * edge_loss(x, y))
-    assert torch.allclose(reconstruction_loss(x, y, edge=0), l1)
 
 
 def test_rgba_loss_sees_alpha_and_visible_colour_alone():
@@ -530,35 +481,27 @@ def test_rgba_loss_sees_alpha_and_visible_colour_alone():
     assert paler["alpha"] == 0 and paler["soft"] > 0 and paler["hard"] > paler["soft"]
     assert fainter["soft"] > 0 and fainter["hard"] == 0
     assert torch.allclose(fainter["alpha"], (alpha - 0.1).abs().mean())         # grey in [-1,1]: 2 |a/2 + 0.05 - a|
-    rgb_hat, alpha_hat = (0.9 * rgb).requires_grad_(), (0.8 * alpha + 0.1).requires_grad_()
-    sum(parts(rgb_hat, alpha_hat).values()).backward()
-    seen = (alpha > 0).expand_as(rgb)
-    assert (rgb_hat.grad[seen] != 0).float().mean() > 0.99 and (alpha_hat.grad != 0).float().mean() > 0.99
 
 
 def test_tabd_pulls_opaque_cells_and_pushes_transparent_ones_within_bounds():
-    """Cells of frame 0 and of frames 1 to 4: opaque, transparent, glass, edge, glass that turns opaque."""
-    alpha = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.5]).repeat_interleave(8).repeat(1, 1, 5, 8, 1)
-    alpha[..., 24:28] = 0
-    alpha[:, :, 4, :, 32:] = 1
-    mask = tabd_mask(alpha)
-    assert mask[0, 0, :, 0].tolist() == [[1, -1, -1, -1, -1], [1, -1, -1, 0, 0]]
+    """M is 1 where a cell is opaque, -1 where it is transparent, 0 between: test_official_masks."""
+    mask = torch.tensor([1.0, 1.0, -1.0, 0.0]).view(1, 1, 1, 1, 4)
     for options, sign in ({}, mask), ({"clamp": (0, 1)}, mask.clamp(min=0)):    # the official clamp only pulls
         v_hat = torch.full(mask.shape, 0.3, requires_grad=True)
         tabd_loss(v_hat, torch.zeros_like(mask), mask, torch.tensor([2.0]), **options).backward()
-        assert torch.allclose(10 * v_hat.grad, 1.2 * sign)                      # 2 w (v_hat - v), and its opposite
-    v, v_hat = torch.zeros(2, 1, 2, 1, 5), torch.tensor([9.0, 0.5]).view(2, 1, 1, 1, 1)
-    two, weight = mask.expand(2, -1, -1, -1, -1), torch.tensor([1.0, 2.0])      # a weight a sample: 81 is cut, 0.5 not
-    assert torch.allclose(tabd_loss(v + v_hat, v, two, weight), (1 + 0.5) / 2 * mask.mean())
+        assert torch.allclose(4 * v_hat.grad, 1.2 * sign)                       # 2 w (v_hat - v), and its opposite
+    errors, weight = torch.tensor([9.0, 0.5]).view(2, 1, 1, 1, 1), torch.tensor([1.0, 2.0])
+    loss = tabd_loss(errors, 0 * errors, mask, weight)                          # a weight a sample: 81 is cut, 0.5 not
+    assert torch.allclose(loss, (1 + 0.5) / 2 * mask.mean())
 
 
 # ---- sampler
 
 
 def test_random_draws_are_even_and_a_sample_has_its_own_in_any_batch():
-    assert PALETTE.shape == (8, 3) and (PALETTE.abs() == 1).all() and len(PALETTE.unique(dim=0)) == 8
     soft, hard = random_colors(500 * seeded())                                  # two different corners of the RGB cube
-    assert (soft != hard).any(1).all() and len(soft.unique(dim=0)) == len(hard.unique(dim=0)) == 8
+    assert (soft.abs() == 1).all() and len(soft.unique(dim=0)) == len(hard.unique(dim=0)) == 8
+    assert (soft != hard).any(1).all()
     for shift in (), (3.0,):
         levels, (sigma, weight) = training_sigmas(*shift), sample_sigma(4000 * seeded(), *shift)
         index = (sigma[:, None] == levels).int().argmax(1)
@@ -572,7 +515,6 @@ def test_random_draws_are_even_and_a_sample_has_its_own_in_any_batch():
 def test_flow_and_guidance_are_straight_lines():
     z, noise, sigma = named("z", (3, 4, 2, 9, 9)), sample_noise((4, 2, 9, 9), seeded(3)), torch.tensor([0.0, 1.0, 0.3])
     z_t = interpolate(z, noise, sigma)
-    assert torch.equal(z_t[0], z[0]) and torch.equal(z_t[1], noise[1])
     assert torch.allclose(z_t, z + sigma.view(-1, 1, 1, 1, 1) * flow_target(z, noise), atol=1e-6)
     assert abs(noise.mean()) < 0.1 and 0.9 < noise.std() < 1.1
     assert [guide(torch.tensor(2.0), torch.tensor(1.0), scale) for scale in (0, 1, 5)] == [1, 2, 6]
@@ -586,7 +528,7 @@ def test_mean_shift_is_outside():
     assert torch.equal(shift_noise(noise, mask), shifted[:1].expand_as(noise))
 
 
-def test_samplers_lead_back_to_the_data_and_unipc_in_fewer_steps():
+def test_samplers_lead_back_to_the_data():
     """Where paths are straight, Euler lands on z in any number of steps, and so does UniPC from its own start."""
     z, noise = torch.randint(-4, 5, (2, 2, 4, 1, 3, 3), generator=seeded()[0]) / 4      # bfloat16 holds them exactly
     def velocity(x, t):
@@ -597,8 +539,6 @@ def test_samplers_lead_back_to_the_data_and_unipc_in_fewer_steps():
         assert [i for i, _ in states] == list(range(steps)) and torch.allclose(states[-1][1], z, atol=1e-5)
         start = interpolate(z, noise, shifted_sigmas(steps, start=0.999)[0])
         assert torch.allclose(last(unipc(velocity, start, steps)), z, atol=1e-5)
-    exact, rough = (last(euler(toy, noise, shifted_sigmas(steps))) for steps in (2000, 20))
-    assert (last(unipc(toy, noise, 20)) - exact).abs().mean() < 0.5 * (rough - exact).abs().mean()
 
 
 def disc(frames=9, height=64, width=96, x=48.0, y=32.0, radius=16.0):
@@ -611,23 +551,11 @@ def peaks(mask):
     return mask.amax(1).argmax(1) + 0.5, mask.amax(2).argmax(1) + 0.5
 
 
-@pytest.mark.parametrize("size, x, y, radius", [((9, 64, 96), 24, 24, 12), ((9, 64, 96), 72, 32, 12),
-                                                ((17, 64, 96), 48, 40, 12), ((81, 480, 832), 400, 200, 150)])
-def test_gaussian_mask_follows_the_object(size, x, y, radius):
-    alpha = disc(*size, x, y, radius)
-    alpha[1:5] = 0                                          # each latent frame sees its own: the second is empty
-    empty, mask = gaussian_mask(alpha)[1], gaussian_mask(alpha)[::2]
-    assert mask.shape[1:] == (size[1] / 8, size[2] / 8) and (mask.amax((1, 2)) == 1).all() and empty.max() == 0
-    found_x, found_y = peaks(mask)
-    assert ((found_x - x / 8).abs() <= 0.5).all() and ((found_y - y / 8).abs() <= 0.5).all()
-
-
 def test_ellipse_turns_with_the_object_even_of_few_cells_or_a_thin_one():
     few, thin = torch.zeros(2, 8, 12).double()
     x, y, a, b, angle = fit_ellipse((gaussian((7, 5, 4, 1.5, math.radians(30)), 11, 15) > 0.4).double())
     assert (x, y) == pytest.approx((7, 5), abs=0.2) and a > 1.5 * b
     assert math.degrees(angle) % 180 == pytest.approx(30, abs=6)            # y points down: clockwise on the screen
-    assert fit_ellipse(few) is None
     few[2, 3] = few[2, 7] = few[3, 5] = 1
     assert fit_ellipse(few) == (5.0, 2.5, 2.0, 1.0, 0.0)
     thin[2, 3:8] = 0.25
@@ -661,8 +589,7 @@ def test_masks_from_outside_fit_any_clip(tmp_path):
     saved = load_mask("0:0.3,0.5,0.3,0.4; 1:0.7,0.5,0.3,0.4", 81, 96, 160)
     torch.save(saved, tmp_path / "mask")
     save_file({"mask": saved}, tmp_path / "mask.safetensors")
-    for name in "mask", "mask.safetensors":
-        assert torch.equal(load_mask(str(tmp_path / name), 81, 96, 160), saved)
+    assert torch.equal(load_mask(str(tmp_path / "mask.safetensors"), 81, 96, 160), saved)
     for frames, height, width, first, end in (1, 64, 104, 6.5, 6.5), (17, 64, 64, 2.5, 5.5), (161, 128, 64, 2.5, 5.5):
         mask = load_mask(str(tmp_path / "mask"), frames, height, width)
         assert mask.shape == ((frames + 3) // 4, height // 8, width // 8) and 0 <= mask.min() and mask.max() <= 1

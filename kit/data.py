@@ -14,14 +14,13 @@ import json
 import os
 import sys
 from collections import Counter
-from contextlib import suppress
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 
 import numpy as np
-from torch import Generator
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from kit.command import Parser, from_first, processes, run_command, whole
@@ -64,9 +63,8 @@ class Sample:
 
     def identity(self) -> dict:
         """Name, bytes and newest time of the files, caption included: as long as they stay, so does their row."""
-        stats = [os.stat(file) for file in (*self.files, self.text) if os.path.exists(file)]
-        newest = max([0.0, *(s.st_mtime for s in stats)])
-        return dict(name=self.name, bytes=sum(s.st_size for s in stats), changed=newest)
+        info = [os.stat(file) for file in (*self.files, self.text) if os.path.exists(file)]
+        return dict(name=self.name, bytes=sum(s.st_size for s in info), changed=max([0.0, *(s.st_mtime for s in info)]))
 
     def examine(self) -> dict:
         """Read the files: a row of a check."""
@@ -101,13 +99,24 @@ def read_csv(path, root) -> list[Sample]:
             for video, matte, caption in rows]
 
 
+def walk(root):
+    """All files below, but hidden ones; a folder that a link leads back to is not entered again. OSError."""
+    def refuse(error):
+        raise error
+    seen = set()
+    for top, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        seen.add(os.path.realpath(top))
+        folders[:] = [name for name in folders if name[0] != "." and os.path.realpath(Path(top, name)) not in seen]
+        yield from (Path(top, name) for name in files if name[0] != ".")
+
+
 def find_samples(folder) -> list[Sample]:
     """The clips of a folder and its sub-folders, in natural order: the rows of each metadata.csv; videos, pictures,
     .zip and sub-folders of PNGs that none names, each with the matte beside it. FileNotFoundError, ValueError."""
     root, media, found = Path(folder), {}, []                             # media: path -> path without its ending
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}; `python -m kit.clips {root}` makes one.")
-    for path in map(root.joinpath, glob("**", root_dir=root, recursive=True)):       # hidden ones not
+    for path in walk(root):
         if path.name == "metadata.csv":
             found += read_csv(path, root)
         elif path.suffix.lower() == ".png" and path.parent != root:
@@ -200,10 +209,11 @@ class RGBADataset(Dataset):
         known = {(row["name"], row["bytes"], row["changed"]): row for row in known}
         rows = {sample: known.get(tuple(sample.identity().values())) for sample in self.samples}
         todo = [sample for sample, row in rows.items() if not row]
-        read = DataLoader(todo, batch_size=None, num_workers=workers, collate_fn=Sample.examine, generator=Generator())
         try:
-            rows |= tqdm(zip(todo, read), desc=f"reading {self.folder}", total=len(todo))
-        except RuntimeError as error:
+            with ProcessPoolExecutor(workers) if workers else nullcontext() as pool:
+                read = (pool.map if workers else map)(Sample.examine, todo)
+                rows |= tqdm(zip(todo, read), desc=f"reading {self.folder}", total=len(todo))
+        except BrokenExecutor as error:
             raise OSError(f"a process reading {self.folder} was ended, for want of memory perhaps; "
                           f"use fewer than {workers} workers.") from error
         return [rows[sample] for sample in self.samples]
