@@ -230,7 +230,8 @@ def read_umt5(path: Path, dtype: torch.dtype, device) -> UMT5:
     """The encoder in that file, its sizes read from its tensors. ValueError lists up to ten keys that do not fit.
 
     A block's weights in fp8 may have a scale each; what else ComfyUI's files hold, `scaled_fp8` and `scale_input`,
-    concerns fp8 products alone. Read block by block, so that no more than one is held twice.
+    concerns fp8 products alone. Read block by block, so that no more than one is held twice; for the meta device nothing
+    is read.
     """
     file = Checkpoint(path)
     try:
@@ -242,6 +243,8 @@ def read_umt5(path: Path, dtype: torch.dtype, device) -> UMT5:
     scales = find_scales(file.meta, expected)
     extra = {"scaled_fp8", *scales.values(), *(scale.replace("weight", "input") for scale in scales.values())}
     check_fit(path, expected, {name: x for name, x in file.meta.items() if name not in extra}, "a umT5 encoder")
+    if str(device) == "meta":
+        return model
     blocks, state = {}, {}
     for name in expected:
         blocks.setdefault(name.split(".")[1], []).append(name)      # by their number; the rest has none: "weight"

@@ -62,6 +62,8 @@ from sampler import (ellipse_mask, euler, gaussian_mask, guide, load_mask, mask_
 from text import load_text_encoder, make_tokenizer, T5Config, UMT5
 from vae import VAEConfig, WanVAE
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # small models; and nothing else on the machine slows them down
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 ROOT = Path(__file__).parent.parent
 official = load_file(ROOT / "assets/official.safetensors")
 
