@@ -3,7 +3,6 @@
 `official` holds what the official code (commit 5804410) returned for small models, whose weights `named` rebuilds from
 their names.
 """
-import ast
 import errno
 import json
 import math
@@ -48,7 +47,6 @@ from kit import ablate, adapter, batches, bench, clips, curves, data, evaluate, 
 from kit.clips import caption_of, COLORS, held_out, MATERIALS, MOTIONS, procedural_clip, SHAPES
 from kit.command import Parser, run_command
 from kit.data import open_data, RGBADataset
-from kit.evaluate import eval_generator
 from kit.files import cache_key, Checkpoint, file_key, read_checkpoint, read_json, save_json, save_tensors
 from kit.media import (area_size, bleed, checkerboard, contact_sheet, cover, over, read_pair, read_rgba, to_clip,
                        write_rgba)
