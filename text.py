@@ -230,8 +230,7 @@ def read_umt5(path: Path, dtype: torch.dtype, device) -> UMT5:
     """The encoder in that file, its sizes read from its tensors. ValueError lists up to ten keys that do not fit.
 
     A block's weights in fp8 may have a scale each; what else ComfyUI's files hold, `scaled_fp8` and `scale_input`,
-    concerns fp8 products alone. Read block by block, so that no more than one is held twice; for the meta device nothing
-    is read.
+    concerns fp8 products alone. Read block by block, so that no more than one is held twice; for meta nothing is read.
     """
     file = Checkpoint(path)
     try:

@@ -87,7 +87,7 @@ MUTANTS = [     # file, text that stands there once, what it becomes, the test t
      "right_words"),
     ("kit/scale.py", ".abs().amax(dim=1, keepdim=True)", ".abs().amax(dim=0, keepdim=True)", "float8"),
     ("kit/files.py", "weights_only=True", "weights_only=False", "plain_tensors"),
-    ("kit/files.py", "if expected.get(name) != found.get(name)]", "if expected.get(name) != found.get(name, expected[name])]",
+    ("kit/files.py", "if expected.get(name) != found.get(name)]", "if name in found and expected.get(name) != found[name]]",
      "do_not_fit")]
 
 
@@ -95,7 +95,7 @@ def plant(folder: Path, file: str, text: str, replacement: str) -> None:
     source = (folder / file).read_text()
     if source.count(text) != 1:
 
-            raise ValueError(f"{file} holds {text!r} {source.count(text)} times; a planted bug's text must stand there once")
+            raise ValueError(f"{file} holds {text!r} {source.count(text)} times; a bug's text must stand there once")
     (folder / file).write_text(source.replace(text, replacement))
 
 

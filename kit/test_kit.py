@@ -112,12 +112,13 @@ DIT_TINY = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32,
 TEXT_TINY = T5Config(vocab=64, dim=32, dim_attn=48, dim_ffn=80, num_heads=4, num_layers=3, num_buckets=32)
 CAPTIONS = ["A red glass ball moving from left to right.", "A semi-transparent blue ghost, moving from right to left."]
 TEXT_FILE, VAE_FILE = "models_t5_umt5-xxl-enc-bf16.safetensors", "Wan2.1_VAE.safetensors"
-DIT_FILE, VAE_ADAPTER, DORA_FILE = "diffusion_pytorch_model.safetensors", "Wan-Alpha-v2-VAE.safetensors", "t2v.safetensors"
+DIT_FILE, DORA_FILE = "diffusion_pytorch_model.safetensors", "t2v.safetensors"
+VAE_ADAPTER = "Wan-Alpha-v2-VAE.safetensors"
 BASE_FILES = ("config.json", "google/umt5-xxl/tokenizer.json", TEXT_FILE, DIT_FILE, VAE_FILE, VAE_ADAPTER, DORA_FILE)
 
 
 def write_base(folder, config=DIT_TINY, generate=None):
-    """The factory of small checkpoint folders: laid out like tiny/, random weights that all have a say in the result."""
+    """The factory of small checkpoint folders: laid out like tiny/, random weights that all have a say."""
     folder = Path(folder)
     torch.manual_seed(0)
     (folder / "google/umt5-xxl").mkdir(parents=True)
@@ -673,7 +674,7 @@ def test_latents_are_made_once_and_drawn_by_shape(tmp_path):
     for step in range(20):
         generators = [sample_generator(7, step, i) for i in (0, 1, 2, 3, 3)]
         batch = batches.draw_latents(files, groups, "abc", 7, step, generators[:4])
-        alone = batches.draw_latents(files, groups, "abc", 7, step, generators[4:])       # the same_bytes in a smaller part
+        alone = batches.draw_latents(files, groups, "abc", 7, step, generators[4:])       # the same in a smaller part
         assert torch.equal(batch["z"][3:], alone["z"])
         assert batch["z"].flatten(1)[:, 0].tolist() == batch["mask"].flatten(1)[:, 0].tolist() == batch["picks"]
         assert [len(context) - 1 for context in batch["context"]] == ["abc".index(x) for x in batch["names"]]
