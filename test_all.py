@@ -116,12 +116,15 @@ def test_merge_block_starts_as_the_base_encoder():
     close(vae.normalize(rgba.merged(rgb, alpha)), vae.encode(rgb))
 
 
-def test_rgba_vae_holds_what_is_of_use_and_on_the_meta_device_reads_no_tensor(monkeypatch):
-    """The base has no decoder, a branch no encoder; decoder.bin, or a pair of whole VAEs, decodes only."""
-    base, *adapters = rgba_files()
-    adapters += [(base, base)]
-    state, decoders, _ = states = [load_rgba_vae(base, adapter).state_dict() for adapter in adapters]
-    same(decoders, {name: p for name, p in state.items() if name.startswith("vae_")})
+def test_rgba_vae_holds_what_is_of_use_and_on_the_meta_device_reads_no_tensor(tmp_path, monkeypatch):
+    """The base has no decoder, a branch no encoder; frozen copies are skipped; two whole VAEs decode as decoder.bin."""
+    base, whole, decoders = rgba_files()
+    frozen = ("vae_fgr.decoder.conv1.conv3D.base_layer.weight", "vae_pha.encoder.conv1.weight", "vgg_loss.features.0")
+    torch.save(torch.load(whole) | {name: torch.zeros(3) for name in frozen}, tmp_path / "VAE.bin")
+    adapters = [tmp_path / "VAE.bin", decoders, (base, base)]
+    assert [load_rgba_vae(base, adapter).skipped for adapter in adapters[:2]] == [3, 0]
+    state, decode_only, _ = states = [load_rgba_vae(base, adapter).state_dict() for adapter in adapters]
+    same(decode_only, {name: p for name, p in state.items() if name.startswith("vae_")})
     assert {".".join(name.split(".")[:2]) for name in state} == {
         "vae.encoder", "vae.conv1", "middle.block",
         "vae_fgr.conv2", "vae_fgr.decoder", "vae_pha.conv2", "vae_pha.decoder"}
@@ -282,11 +285,10 @@ def test_models_have_the_names_and_sizes_of_wan(tmp_path):
 
 @pytest.mark.parametrize("head_dim, pairs", [(128, (22, 21, 21)), (24, (4, 4, 4)), (32, (6, 5, 5)), (64, (12, 10, 10))])
 def test_dit_rope_splits_a_head_over_time_height_and_width(head_dim, pairs):
-    t, h, w = 3, 4, 5
-    cos, sin = rope_table(head_dim, t, h, w)
+    cos, sin = rope_table(head_dim, 3, 4, 5)
     angles = [[10000 ** (-i / k) if axis == turned else 0 for turned, k in enumerate(pairs) for i in range(k)]
               for axis in range(3)]
-    torch.testing.assert_close(torch.atan2(sin, cos)[[h * w, w, 1]], torch.tensor(angles))   # (1,0,0) (0,1,0) (0,0,1)
+    torch.testing.assert_close(torch.atan2(sin, cos)[[20, 5, 1]], torch.tensor(angles))      # (1,0,0) (0,1,0) (0,0,1)
 
 
 def test_dit_samples_have_their_own_times_and_prompts_of_any_length():
@@ -298,8 +300,7 @@ def test_dit_samples_have_their_own_times_and_prompts_of_any_length():
 
 def test_dit_keeps_time_in_float32(tmp_path):
     """bfloat16 would turn both times into 988."""
-    z, _, context = dit_inputs()
-    times = torch.tensor([988.49, 987.17])
+    (z, _, context), times = dit_inputs(), torch.tensor([988.49, 987.17])
     near, after = (tiny_dit()(z, time[None], context) for time in times)
     for model in (load_dit(dit_folder(tmp_path / "tiny"), dtype=torch.bfloat16), tiny_dit().bfloat16()):
         v, change = model(z, times[:1], context), model(z, times[:1], context) - model(z, times[1:], context)

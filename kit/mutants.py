@@ -44,7 +44,7 @@ MUTANTS = [     # file, text that stands there once, what it becomes, the test t
      "torch.linalg.vector_norm(weight.flatten(1).float(), dim=0)", "magnitude"),
     ("dora.py", "/ row_norm(weight.detach())", "/ row_norm(weight)", "constant"),
     ("dora.py", "layer.lora_scale = alpha / rank", "layer.lora_scale = alpha", "merged_equals_unmerged"),
-    ("dora.py", "    return merged.to(weight.dtype)", "    return merged", "diffs_go"),
+    ("dora.py", "    return merged.to(weight.dtype)", "    return merged", "magnitude"),
     ("dora.py", "self.strength * (1.0 if", "(1.0 if", "official_numbers"),
     ("losses.py", "return rgb * alpha + c * (1 - alpha)", "return rgb + c * (1 - alpha)", "render"),
     ("losses.py", "(alpha > 0).to(rgb)", "(alpha > 0.5).to(rgb)", "render"),
