@@ -1540,9 +1540,11 @@ def wait_for(condition, process, seconds=60):
         time.sleep(0.002)
 
 
-def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path, no_sheets, kills=10, steps=30):
+def test_killed_ten_times_it_ends_with_the_same_bits(tmp_path, no_sheets):
     """SIGKILL at random moments: the checkpoint is always whole, and the end is that of an unbroken run.
-    `python -m kit.test_kit 200` kills 200 times."""
+    `KILLS=60 pytest -k killed` kills 60 times."""
+    kills = int(os.environ.get("KILLS", 10))
+    steps = max(30, 4 * kills)
     arguments, out, chance = a_training(tmp_path, steps=steps), tmp_path / "out", random.Random(0)
     process = started(arguments)
     process.join()
