@@ -117,19 +117,19 @@ def as_grey(alpha: Tensor) -> Tensor:
 
 
 def rgba_loss(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor, colors: tuple[Tensor, Tensor],
-              **options) -> dict[str, Tensor]:
+              own_alpha: bool = False, **options) -> dict[str, Tensor]:
     """L_alpha, L_soft and L_hard of an output (rgb_hat, alpha_hat) and its target; the loss is the sum of the values.
 
     Colour (b,3,t,h,w) in [-1,1]; alpha (b,1,t,h,w) in [0,1], compared as grey 2a - 1 so that all terms weigh alike.
     Output and target share each random colour. The hard render cuts both by the target's alpha: cut by its own, an
-    output faintly opaque everywhere would be drawn to random colours. colors: of the soft and the hard render, (b,3)
-    each, as `random_colors` draws them. options: those of `reconstruction_loss`.
+    output faintly opaque everywhere would be drawn to random colours (own_alpha: officially it is). colors: of the soft
+    and the hard render, (b,3) each, as `random_colors` draws them. options: those of `reconstruction_loss`.
     """
     soft, hard = colors
     pairs = {
         "alpha": (as_grey(alpha_hat), as_grey(alpha)),
         "soft": (soft_render(rgb_hat, alpha_hat, soft), soft_render(rgb, alpha, soft)),
-        "hard": (hard_render(rgb_hat, alpha, hard), hard_render(rgb, alpha, hard)),
+        "hard": (hard_render(rgb_hat, alpha_hat if own_alpha else alpha, hard), hard_render(rgb, alpha, hard)),
     }
     return {name: reconstruction_loss(x, y, **options) for name, (x, y) in pairs.items()}
 
@@ -140,11 +140,12 @@ def raw_loss(rgb_hat: Tensor, alpha_hat: Tensor, rgb: Tensor, alpha: Tensor, **o
             "raw": reconstruction_loss(rgb_hat, rgb, **options)}
 
 
-def tabd_mask(alpha: Tensor) -> Tensor:
+def tabd_mask(alpha: Tensor, strict: bool = False) -> Tensor:
     """M of L_TABD: alpha (b,1,t,h,w) in [0,1], t = 4k+1 -> (b,1,1+k,h/8,w/8), a cell: 8 x 8 pixels, 1 or 4 frames.
 
     +1 opaque (every pixel 1); -1 transparent (every pixel 0) or semi-transparent (every pixel between); 0 mixed.
-    In the first frame all that is not opaque is -1. Source: official code (test_official_masks).
+    In the first frame all that is not opaque is -1. strict: the paper's mask of two values, where mixed cells are -1 in
+    every frame. Source: official code (test_official_masks).
     """
     if (alpha.shape[2] - 1) % 4 or alpha.shape[3] % 8 or alpha.shape[4] % 8:
         t, h, w = alpha.shape[2:]
@@ -158,6 +159,8 @@ def tabd_mask(alpha: Tensor) -> Tensor:
     low, high = extreme("min"), extreme("max")
     opaque, transparent = low == 1, (high == 0) | ((low > 0) & (high < 1))
     transparent[:, :, :1] = ~opaque[:, :, :1]
+    if strict:
+        transparent = ~opaque
     return opaque.to(alpha.dtype) - (transparent & ~opaque).to(alpha.dtype)
 
 

@@ -93,6 +93,16 @@ def shift_noise(noise: Tensor, mask: Tensor, mean: float = 0.05) -> Tensor:
     return noise + mean * (1 - resize_mask(mask.to(noise), *noise.shape[-3:]).unsqueeze(-4))
 
 
+def mean_for_grid(frames: int, height: int, width: int, mean: float = 0.05) -> float:
+    """mu that is found as easily on the latent grid of such a clip as `mean` on the paper's, 21 x 60 x 104 cells.
+
+    A shift of mu in n cells of unit noise stands out by mu sqrt(n): mu sqrt(n) = 0.05 sqrt(131 040), 1.0 for 320 cells.
+    Ours; `python sampler.py` draws it.
+    """
+    cells = (frames + 3) // 4 * (height // 8) * (width // 8)
+    return mean * math.sqrt(21 * 60 * 104 / cells)
+
+
 # ---- samplers
 
 
@@ -286,7 +296,8 @@ def parse_ellipse(text: str) -> list[tuple[float, ...]]:
         return [key(part) for part in text.strip(" ;").split(";")]
     except ValueError:
         raise ValueError(f"mask {text!r} is neither a file nor an ellipse: write x,y,a,b[,angle], "
-                         "or several times time:x,y,a,b[,angle] with semicolons between") from None
+                         "or several times time:x,y,a,b[,angle] with semicolons between; it is one ellipse at a time, "
+                         "for two objects give a clip of their alpha") from None
 
 
 # ---- masks from outside

@@ -482,10 +482,16 @@ def test_rgba_loss_sees_alpha_and_visible_colour_alone():
     assert paler["alpha"] == 0 and paler["soft"] > 0 and paler["hard"] > paler["soft"]
     assert fainter["soft"] > 0 and fainter["hard"] == 0
     assert torch.allclose(fainter["alpha"], (alpha - 0.1).abs().mean())         # grey in [-1,1]: 2 |a/2 + 0.05 - a|
+    faint = rgba_loss(rgb, alpha + 0.01, rgb, alpha, colors, own_alpha=True, edge=0)      # officially it is drawn whole
+    assert torch.allclose(faint["hard"], ((rgb - colors[1].view(-1, 3, 1, 1, 1)).abs() * (alpha == 0)).mean())
 
 
 def test_tabd_pulls_opaque_cells_and_pushes_transparent_ones_within_bounds():
-    """M is 1 where a cell is opaque, -1 where it is transparent, 0 between: test_official_masks."""
+    """M is 1 where a cell is opaque, -1 where it is transparent, 0 between (test_official_masks); the paper's has no 0.
+    """
+    alpha = disc()[None, None]
+    three, two = tabd_mask(alpha), tabd_mask(alpha, strict=True)
+    assert (three == 0).any() and torch.equal(two, torch.where(three == 1, 1.0, -1.0))
     mask = torch.tensor([1.0, 1.0, -1.0, 0.0]).view(1, 1, 1, 1, 4)
     for options, sign in ({}, mask), ({"clamp": (0, 1)}, mask.clamp(min=0)):    # the official clamp only pulls
         v_hat = torch.full(mask.shape, 0.3, requires_grad=True)
@@ -788,11 +794,11 @@ def restarted(n):
 
 # ---- the house: floors, and what runs by itself
 
-FLOORS = [{"kit.files", "kit.command", "kit.media", "kit.curves"}, {"kit.run", "kit.clips"},
+FLOORS = [{"kit.files", "kit.command", "kit.media", "kit.curves", "kit.drawing"}, {"kit.run", "kit.clips"},
           {"vae", "dora", "text", "losses", "sampler"}, {"dit", "merge"},
           {"kit.data", "kit.scale", "kit.memory", "kit.result", "kit.score"}, {"kit.batches", "kit.evaluate"},
           {"train_vae", "train_dit", "generate",
-           "kit.pretrain", "kit.adapter", "kit.bench", "kit.ablate", "kit.mutants"}]
+           "kit.pretrain", "kit.adapter", "kit.bench", "kit.ablate", "kit.pictures", "kit.mutants"}]
 
 
 def imports(file):

@@ -44,13 +44,13 @@ CHUNK = 16                  # frames encoded at a time: bounds memory, changes n
 
 @torch.no_grad()
 def encode_clips(args, dataset) -> list[Path]:
-    """--variants files a clip, each z (16, t', h', w'), G (t', h', w') of its alpha as "mask", and the context (l, d)
-    of its caption. Variant 0 is the whole clip on white, the others are crops on other palette colours. Made only where
-    there is none; VAE and text encoder are loaded only then."""
+    """--variants files a clip, each z (16, t', h', w'), G (t', h', w') of its alpha as "mask", G of all its frames as
+    one as "still_mask", and the context (l, d) of its caption. Variant 0 is the whole clip on white, the others are
+    crops on other palette colours. Made only where there is none; VAE and text encoder are loaded only then."""
     rgba = cache(lambda: load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device))
     text = cache(lambda: load_text_encoder(args.base, device=args.device))
     files = find_vae(args.base), args.vae_adapter, find_text(args.base), find_tokenizer(args.base)
-    weights = [file_key(file) for file in files] + [read_text_len(args.base), args.bf16]
+    weights = [file_key(file) for file in files] + [read_text_len(args.base), args.bf16, "two masks"]
 
     def item(k):
         i, variant = divmod(k, args.variants)
@@ -60,7 +60,8 @@ def encode_clips(args, dataset) -> list[Path]:
             rgb, alpha = (x.to(args.device) for x in to_video(*dataset.clip(i, variant)))
             with torch.autocast(rgb.device.type, torch.bfloat16, enabled=args.bf16):
                 z = rgba().encode(rgb, alpha, color, CHUNK)[0].float().cpu()
-            return dict(z=z, mask=gaussian_mask(alpha[0, 0].cpu()), context=text()([caption])[0].float().cpu())
+            mask, still = (gaussian_mask(x.cpu()) for x in (alpha[0, 0], alpha[0, 0].amax(0, keepdim=True)))
+            return dict(z=z, mask=mask, still_mask=still.expand_as(mask), context=text()([caption])[0].float().cpu())
         key = cache_key(dataset.content(i), dataset.geometry(i, variant), color.tolist(), caption, *weights)
         return key, make
     files = encoded(Path(args.cache), args.variants * len(dataset), item)
@@ -69,6 +70,15 @@ def encode_clips(args, dataset) -> list[Path]:
 
 
 # ---- one step
+
+
+def choose_mask(batch, still: float, without: float):
+    """G (b, t', h', w') of each sample: an ellipse a latent frame, which follows the object. For a share of the samples
+    (`still`) it is one ellipse around all of its way, as `generate.py` draws it without --mask; for another (`without`)
+    it is 1 everywhere: noise of mean 0, and the object may be anywhere."""
+    u = torch.stack([torch.rand((), generator=g) for g in batch["generators"]]).view(-1, 1, 1, 1)
+    mask = torch.where(u < still, batch["still_mask"], batch["mask"])
+    return torch.where(u >= 1 - without, torch.ones_like(mask), mask)
 
 
 def flow_step(dit, z, context, generators, mask=None, mean=0.05, shift=5.0, weighted=True) -> dict:
@@ -109,7 +119,8 @@ def train(args, dataset) -> None:
     with Run(args, folder, dit, draw, sizes, dataset.fingerprint) as run, plain_attention(args.device):
         for step, passes in run.steps():
             for batch in passes:
-                z, mask = batch["z"].to(args.device), batch["mask"].to(args.device)
+                z = batch["z"].to(args.device)
+                mask = choose_mask(batch, args.still_ellipse, args.without_ellipse).to(args.device)
                 context = [context.to(args.device) for context in batch["context"]]
                 run.backward(flow_step(dit, z, context, batch["generators"], mask, weighted=not args.unweighted,
                                        **options))
@@ -154,7 +165,12 @@ def make_parser() -> Parser:
     add("--batch", type=positive, default=8, metavar="B", help="clips a step [8]")
     add("--rank", type=positive, default=32, metavar="R", help="of the DoRA; its scale is 1 [32]")
     add("--lora", action="store_true", help="LoRA in place of DoRA")
-    add("--mean", type=number(-10, 10), default=0.05, metavar="MU", help="of the noise outside the ellipse [0.05]")
+    add("--mean", type=number(-10, 10), metavar="MU", help="of the noise outside the ellipse [what the base's "
+        "config.json says, or else 0.05]")
+    add("--still-ellipse", type=number(0, 1), default=0.0, metavar="P", help="share of the samples whose "
+        "ellipse stands still, around all of the object's way: what a sampler without --mask has (ours) [0]")
+    add("--without-ellipse", type=number(0, 1), default=0.0, metavar="P", help="share without one, so that the sampler "
+        "may go without by --mean 0 (ours) [0]")
     add("--shift", type=number(0.01, 1000), default=5.0, metavar="K", help="of the noise levels [5]")
     add("--unweighted", action="store_true", help="all noise levels weigh alike (the paper), not by w(t)")
     add("--size", type=pixels, metavar="WxH", help="area that clips are scaled to, in their own aspect "
@@ -172,6 +188,7 @@ def settle(args) -> None:
     said = read_section(args.base)
     args.size = tuple(args.size or said.get("size", (640, 624)))
     args.frames = args.frames or said.get("frames", 81)
+    args.mean = said.get("mean", 0.05) if args.mean is None else args.mean
     args.vae_adapter = args.vae_adapter or str(find_adapter(args.base))
 
 

@@ -34,32 +34,33 @@ from sampler import flow_target, interpolate, sample_noise, sample_sigma
 from vae import ResidualBlock, load_vae
 
 
-def rgba_step(rgba: RGBAVAE, rgb, alpha, generators, vgg=None, perceptual=0.0, tabd=0.0, tabd_clamp=(-1, 1), dit=None,
-              empty=None, naive=False) -> dict:
+def rgba_step(rgba: RGBAVAE, rgb, alpha, generators, vgg=None, perceptual=0.0, own_alpha=False, tabd=0.0,
+              tabd_clamp=(-1, 1), tabd_strict=False, dit=None, empty=None, naive=False) -> dict:
     """L_alpha + L_soft + L_hard + tabd L_TABD, as "loss" and in parts, of rgb (b, 3, t, h, w) in [-1, 1] and alpha
     (b, 1, t, h, w) in [0, 1]. generators: one a sample, for its colours, time and noise.
 
     vgg, perceptual: the distance of the perceptual term and its weight. dit, empty: the frozen base transformer and its
-    context of the empty prompt (l, d), for L_TABD. naive: without any render, the paper's point of comparison."""
+    context of the empty prompt (l, d), for L_TABD. own_alpha, tabd_strict: see losses.py. naive: without any render, the paper's point of comparison."""
     color, _ = random_colors(generators)
     z = rgba.encode(rgb, alpha, None if naive else color, chunk=None)
     rgb_hat, alpha_hat = (x.float() for x in rgba.decode(z, chunk=None))
     with torch.autocast(z.device.type, enabled=False):
-        compare = raw_loss if naive else partial(rgba_loss, colors=random_colors(generators))
+        compare = raw_loss if naive else partial(rgba_loss, colors=random_colors(generators), own_alpha=own_alpha)
         parts = compare(rgb_hat, alpha_hat, rgb, alpha, vgg=vgg, perceptual=perceptual)
         loss = sum(parts.values())
         if tabd:
-            parts["tabd"] = judge_latent(z.float(), alpha, generators, dit, empty, tabd_clamp)
+            mask = tabd_mask(alpha, tabd_strict)
+            parts["tabd"] = judge_latent(z.float(), mask, generators, dit, empty, tabd_clamp)
             loss = loss + tabd * parts["tabd"]
     return dict(loss=loss, **parts)
 
 
-def judge_latent(z, alpha, generators, dit, empty, clamp):
+def judge_latent(z, mask, generators, dit, empty, clamp):
     """L_TABD of normalised latents z: noise each at one time, ask the frozen transformer, compare cell by cell."""
     sigma, weight = (x.to(z) for x in sample_sigma(generators))
     noise = sample_noise(z.shape[1:], generators).to(z)
     v_hat = dit(interpolate(z, noise, sigma), 1000 * sigma, [empty] * len(z))
-    return tabd_loss(v_hat, flow_target(z, noise), tabd_mask(alpha), weight, clamp)
+    return tabd_loss(v_hat, flow_target(z, noise), mask, weight, clamp)
 
 
 def make_model(args) -> RGBAVAE:
@@ -76,7 +77,8 @@ def make_model(args) -> RGBAVAE:
 def train(args, dataset, phases) -> None:
     """phases: (steps, frames, side, batch) each. Writes the adapter into --out, the run's records beside it."""
     rgba, sizes = make_model(args), batch_sizes(phases)
-    options = dict(perceptual=args.perceptual, tabd=args.tabd, tabd_clamp=args.tabd_clamp, naive=args.naive)
+    names = "perceptual", "own_alpha", "tabd", "tabd_clamp", "tabd_strict", "naive"
+    options = {name: getattr(args, name) for name in names}
     if args.perceptual:
         options |= dict(vgg=VGG(args.vgg).to(args.device))
     if args.tabd:
@@ -123,6 +125,11 @@ def make_parser() -> Parser:
     add("--tabd", type=number(0), default=0.1, metavar="W", help="weight of L_TABD; 0 trains without [0.1]")
     add("--tabd-clamp", type=number(-1e6, 1e6), nargs=2, default=(-1.0, 1.0), metavar="X",
         help="its bounds [-1 1, the paper's formula; officially 0 1]")
+    add("--unbled", action="store_true", help="leave the colour under alpha 0 as it is stored, else that around is "
+        "spread")
+    add("--tabd-strict", action="store_true", help="its mask has two values (the paper), not three")
+    add("--own-alpha", action="store_true", help="the hard render of an output is cut by its own alpha, as officially, "
+        "not by the target's")
     add("--naive", action="store_true", help="without renders: the paper's point of comparison")
     add_run_flags(parser)
     return parser
@@ -147,7 +154,7 @@ def main(argv=None) -> None:
     phases = check(args)
     begin(args, batch_sizes(phases))
     size, frames = args.size or max(side for _, _, side, _ in phases), max(frames for _, frames, _, _ in phases)
-    train(args, open_data(args.data, size, frames, args.workers), phases)
+    train(args, open_data(args.data, size, frames, args.workers, bled=not args.unbled), phases)
     end_process_group()
 
 

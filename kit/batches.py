@@ -18,7 +18,7 @@ from tqdm import tqdm
 from kit.command import ranks
 from kit.data import RGBADataset
 from kit.files import save_tensors
-from kit.media import bleed, premultiply, resize, to_and_fro, to_video, unpremultiply
+from kit.media import rescale, to_and_fro, to_video
 from kit.run import sample_generator
 
 
@@ -39,8 +39,9 @@ def batch_sizes(phases: list) -> list[int]:
     return [batch for steps, _, _, batch in phases for _ in range(steps)]
 
 
-def crop(rgb, alpha, frames: int, side: int, size: int | None, u):
-    """A part of a clip, uint8 (t, h, w, 3), (t, h, w) -> (frames, side, side, 3), (frames, side, side).
+def crop(rgb, alpha, frames: int, side: int, size: int | None, u, bled=True):
+    """A part of a clip, uint8 (t, h, w, 3), (t, h, w) -> (frames, side, side, 3), (frames, side, side); bled: as
+    `RGBADataset` says.
     size: what the clip's shorter side counts as, pixels; None: side times a random 1 to 2, as in the paper. u: four
     numbers in [0, 1). The window's middle is a place of the object; over a still it slides from one to another. Clips
     too short are played to and fro."""
@@ -56,9 +57,7 @@ def crop(rgb, alpha, frames: int, side: int, size: int | None, u):
     where = [(i, slice(y, y + window), slice(x, x + window))
              for i, (y, x) in zip(to_and_fro(t, frames, start), np.broadcast_to(places, (frames, 2)))]
     rgb, alpha = (np.stack([video[place] for place in where]) for video in (rgb, alpha))
-    if window == side:
-        return bleed(rgb, alpha), alpha
-    return unpremultiply(resize(premultiply(rgb, alpha), (side, side)))
+    return rescale(rgb, alpha, (side, side), bled)
 
 
 def draw_clips(dataset: RGBADataset, phases: list, size: int | None, step: int, generators: list[Generator]) -> dict:
@@ -70,7 +69,7 @@ def draw_clips(dataset: RGBADataset, phases: list, size: int | None, step: int, 
         i = int(torch.randint(dataset.training, (), generator=generator))
         u = torch.rand(4, generator=generator).tolist()
         names.append(dataset.name(i))
-        clips.append(to_video(*crop(*dataset.source(i), frames, side, size, u)))
+        clips.append(to_video(*crop(*dataset.source(i), frames, side, size, u, dataset.bled)))
     rgb, alpha = map(torch.cat, zip(*clips))
     return dict(rgb=rgb, alpha=alpha, names=names)
 
@@ -112,11 +111,11 @@ def of_one_shape(files: list[Path]) -> list[list[int]]:
 
 
 def draw_latents(files: list, groups: list, names: list, seed: int, step: int, generators: list[Generator]) -> dict:
-    """What files of one shape hold, one a generator: z and mask stacked, other tensors as lists; picks, their numbers,
+    """What files of one shape hold, one a generator: z and masks stacked, other tensors as lists; picks, their numbers,
     and names. The whole batch of a step is of one group, in all processes."""
     group = groups[int(torch.randint(len(files), (), generator=sample_generator(seed, step, -1)))]
     picks = [group[int(torch.randint(len(group), (), generator=generator))] for generator in generators]
     items = [load_file(files[i]) for i in picks]
     tensors = {name: [item[name] for item in items] for name in items[0]}
-    stacked = {name: torch.stack(tensors[name]) for name in ("z", "mask") if name in tensors}
+    stacked = {name: torch.stack(tensors[name]) for name in ("z", "mask", "still_mask") if name in tensors}
     return tensors | stacked | dict(picks=picks, names=[names[i] for i in picks])

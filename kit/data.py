@@ -144,10 +144,12 @@ def with_mattes(media):
 class RGBADataset(Dataset):
     """Clips: dict(rgb float32 (3, t, h, w) in [-1, 1], alpha float32 (1, t, h, w) in [0, 1], caption, name). They are
     scaled to cover `size` (side or (h, w), pixels; keep_aspect: to its area, in their own aspect), and cut to `frames`
-    or played to and fro if shorter; over a still a window slides. Up to cache_gb of decoded files stay in memory."""
+    or played to and fro if shorter; over a still a window slides. bled: where alpha is 0 the colour around is spread,
+    else it stays as stored. Up to cache_gb of decoded files stay in memory."""
 
-    def __init__(self, folder, size=64, frames=17, cache_gb=4.0, keep_aspect=False):
+    def __init__(self, folder, size=64, frames=17, cache_gb=4.0, keep_aspect=False, bled=True):
         self.folder, self.samples, self.frames, self.keep_aspect = folder, find_samples(folder), frames, keep_aspect
+        self.bled = bled
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.lengths, self.cache = {}, cache_gb * 2 ** 30
         self.release()
@@ -188,16 +190,16 @@ class RGBADataset(Dataset):
         (rgb, alpha), rng = self.source(i), np.random.default_rng([i, variant])
         size = area_size(*alpha.shape[1:], self.size[0] * self.size[1]) if self.keep_aspect else self.size
         if len(rgb) == 1 < self.frames:
-            return slide(rgb, alpha, size, self.frames, rng)
+            return slide(rgb, alpha, size, self.frames, rng, self.bled)
         if variant and len(rgb) > 1:
             rgb, alpha = random_crop(rgb, alpha, rng)
         pick = slice(None) if len(rgb) >= self.frames else to_and_fro(len(rgb), self.frames)
-        return tuple(x[pick] for x in cover(rgb[:self.frames], alpha[:self.frames], size))
+        return tuple(x[pick] for x in cover(rgb[:self.frames], alpha[:self.frames], size, self.bled))
 
     def geometry(self, i, variant=0) -> str:
         """All that clip(i, variant) depends on besides the bytes of its files."""
         frames = self.lengths.get(self.samples[i]) or len(self.source(i)[0])
-        always = f"size {self.size}, frames {self.frames}, keep_aspect {self.keep_aspect}"
+        always = f"size {self.size}, frames {self.frames}, keep_aspect {self.keep_aspect}, bled {self.bled}"
         drawn = variant > 0 if frames > 1 else self.frames > 1            # only then i and variant have a say
         return f"{always}, clip {i}, variant {variant}" if drawn else always
 
@@ -242,9 +244,9 @@ def check_again(dataset, file, workers) -> list[dict]:
     return rows
 
 
-def open_data(folder, size, frames, workers, cache_gb=4.0, keep_aspect=False) -> RGBADataset:
+def open_data(folder, size, frames, workers, cache_gb=4.0, **options) -> RGBADataset:
     """The data set of a training, without what cannot be read; cache_gb: of all processes and workers together."""
-    dataset = RGBADataset(folder, size, frames, cache_gb / processes() / max(1, workers), keep_aspect)
+    dataset = RGBADataset(folder, size, frames, cache_gb / processes() / max(1, workers), **options)
     rows = from_first(lambda: check_again(dataset, Path(folder) / ".checked.json", workers))
     refuse_many(folder, rows)
     skipped = [f"skipped: {row['error']}" for row in rows if row["error"]]

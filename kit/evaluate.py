@@ -17,12 +17,13 @@ import torch
 from tqdm import tqdm
 
 from dit import load_dit
-from kit.clips import COMBINATIONS, caption_of, held_out, procedural_clip
+from kit.clips import COMBINATIONS, UNSEEN_SENTENCES, caption_of, draw_wording, held_out, procedural_clip
 from kit.command import Parser, check_device, clip_frames, number, pixels, positive, run_command, whole
 from kit.data import RGBADataset
 from kit.files import TINY, find_adapter, find_dit, find_vae, read_checkpoint, read_section, save_json
-from kit.media import contact_sheet, to_clip, to_video, write_rgba
-from kit.score import compare_clips, mean_scores, print_scores, score_by, score_clip, score_table, shares_of
+from kit.media import bleed, contact_sheet, to_clip, to_video, write_rgba
+from kit.score import (chance_of, compare_clips, mean_scores, measure_clip, print_scores, score_by, score_clip,
+                       score_table, shares_of)
 from losses import tabd_mask
 from merge import WHITE, load_rgba_vae
 from sampler import ellipse_mask, euler, flow_target, interpolate, sample_noise, shift_noise, shifted_sigmas
@@ -59,20 +60,22 @@ def load_judge(base, dtype=torch.float32, device="cpu") -> dict:
 
 
 @torch.no_grad()
+def judge_cells(rgba, clip, i, dit, empty, naive=False) -> tuple:
+    """(v_hat - v)^2 of the frozen base transformer without a prompt, (t', h', w') for the latent cells of uint8 clip i,
+    the mean of the times 250, 500, 750; and L_TABD's mask of them."""
+    sigma = torch.tensor([0.25, 0.5, 0.75], device=empty.device)
+    rgb, alpha = (x.to(empty.device) for x in to_video(*clip))
+    z = rgba.encode(rgb, alpha, None if naive else WHITE)
+    noise = torch.randn(3, *z.shape[1:], generator=eval_generator(0, i)).to(empty.device)
+    z = z.expand_as(noise)
+    v_hat = dit(interpolate(z, noise, sigma), 1000 * sigma, [empty] * 3)
+    return (v_hat - flow_target(z, noise)).square().mean((0, 1)), tabd_mask(alpha)[0, 0]
+
+
 def cell_losses(rgba, dit, empty, clips, naive=False) -> dict:
-    """(v_hat - v)^2 of the frozen base transformer without a prompt, over the opaque and over the transparent latent
-    cells of uint8 clips: the mean of the times 250, 500, 750. L_TABD is to pull them apart."""
-    device, errors, masks = empty.device, [], []
-    sigma = torch.tensor([0.25, 0.5, 0.75], device=device)
-    for i, clip in enumerate(tqdm(clips, desc="cells")):
-        rgb, alpha = (x.to(device) for x in to_video(*clip))
-        z = rgba.encode(rgb, alpha, None if naive else WHITE)
-        noise = torch.randn(3, *z.shape[1:], generator=eval_generator(0, i)).to(device)
-        z = z.expand_as(noise)
-        v_hat = dit(interpolate(z, noise, sigma), 1000 * sigma, [empty] * 3)
-        errors.append((v_hat - flow_target(z, noise)).square().mean((0, 1)).flatten())
-        masks.append(tabd_mask(alpha).flatten())
-    errors, masks = torch.cat(errors), torch.cat(masks)
+    """The mean of `judge_cells` over the opaque and over the transparent cells. L_TABD is to pull them apart."""
+    pairs = [judge_cells(rgba, clip, i, dit, empty, naive) for i, clip in enumerate(tqdm(clips, desc="cells"))]
+    errors, masks = (torch.cat([x.flatten() for x in column]) for column in zip(*pairs))
     found = dict(opaque=errors[masks == 1], transparent=errors[masks == -1])
     return {name: float(error.mean()) if len(error) else None for name, error in found.items()}
 
@@ -89,8 +92,15 @@ def unseen_prompts(n=200, seed=0) -> list[tuple[str, dict]]:
         rarest = min(pool, key=lambda attributes: sum(count[value] for value in attributes.values()))
         pool.remove(rarest)
         count.update(rarest.values())
-        prompts.append((caption_of(rarest, i % 2), rarest))
+        prompts.append((caption_of(rarest, dict(frame=1 - i % 2)), rarest))
     return prompts
+
+
+def unseen_wordings(prompts: list) -> list[tuple[str, dict]]:
+    """The same combinations in sentences that no training clip has."""
+    rng = np.random.default_rng(0)
+    return [(caption_of(attributes, draw_wording(rng) | dict(sentence=i % 3), sentences=UNSEEN_SENTENCES), attributes)
+            for i, (_, attributes) in enumerate(prompts)]
 
 
 @torch.no_grad()
@@ -114,18 +124,41 @@ def evaluate_dit(text, dit, rgba, prompts, mask, seed=0, **options) -> tuple[lis
     return clips, [score_clip(*clip, attributes) for clip, (_, attributes) in zip(clips, prompts)]
 
 
-def ellipse_control(clips_of) -> dict:
-    """Correlations of the ellipse's x with the mean x of the clip's alpha, and of its half axis with the root of its
-    mean area. clips_of(ellipse) -> clips, always of the same prompts and noise."""
-    def middle(alpha):                                      # 0 where it is transparent throughout
-        columns = alpha.sum((0, 1), dtype=float)
-        return columns @ np.arange(len(columns)) / max(columns.sum(), 1)
+def centres(alpha):
+    """Centre of mass (t, 2) of an alpha clip (t, h, w), x and y in widths and heights; the middle where it is empty."""
+    t, h, w = alpha.shape
+    x = alpha.sum(1, dtype=float) @ (np.arange(w) + 0.5) / w
+    y = alpha.sum(2, dtype=float) @ (np.arange(h) + 0.5) / h
+    mass = alpha.sum((1, 2), dtype=float)[:, None]
+    return np.where(mass > 0, np.stack([x, y], -1) / np.maximum(mass, 1), 0.5)
 
-    def follows(asked, ellipse_of, measure):
-        pairs = [(value, measure(alpha)) for value in asked for _, alpha in clips_of(ellipse_of(value))]
-        return float(np.corrcoef(*zip(*pairs))[0, 1])
-    return dict(position=follows((0.3, 0.5, 0.7), lambda x: (0, x, 0.5, 0.35, 0.35, 0), middle),
-                size=follows((0.25, 0.45), lambda r: (0, 0.5, 0.5, r, r, 0), lambda alpha: alpha.mean() ** 0.5))
+
+def ellipse_control(clips_of) -> dict:
+    """How the object obeys the ellipse: correlation of their x and of their y; of half axis and root of the area, the
+    mean over prompts; mean distance of the centres of a moving ellipse and of the object, in sides of the frame.
+    clips_of(keys, still) -> clips, always of the same prompts and noise; without motion in the prompt if not still."""
+    def paired(values, ellipse_of, measure):
+        return np.array([[measure(alpha) for _, alpha in clips_of([ellipse_of(value)])] for value in values])
+
+    places, sizes = (0.3, 0.4, 0.5, 0.6, 0.7), (0.16, 0.23, 0.3, 0.37)
+    x = paired(places, lambda x: (0, x, 0.5, 0.22, 0.22, 0), lambda alpha: centres(alpha)[:, 0].mean())
+    y = paired(places, lambda y: (0, 0.5, y, 0.22, 0.22, 0), lambda alpha: centres(alpha)[:, 1].mean())
+    area = paired(sizes, lambda r: (0, 0.5, 0.5, r, r, 0), lambda alpha: (alpha > 25).mean() ** 0.5)
+    distances = []
+    for start, end in (((0.3, 0.3), (0.7, 0.7)), ((0.7, 0.4), (0.3, 0.6)), ((0.5, 0.7), (0.5, 0.3))):
+        for _, alpha in clips_of([(0, *start, 0.22, 0.22, 0), (1, *end, 0.22, 0.22, 0)], still=False):
+            latent = np.r_[0, 1 + np.arange(len(alpha) - 1) // 4][:, None] / max(1, (len(alpha) - 1) // 4)
+            asked = np.array(start) + latent * np.subtract(end, start)
+            distances.append(np.linalg.norm(centres(alpha) - asked, axis=1).mean())
+    return dict(x=correlation(np.repeat(places, x.shape[1]), x.ravel()),
+                y=correlation(np.repeat(places, y.shape[1]), y.ravel()),
+                size=float(np.mean([correlation(sizes, column) for column in area.T])),
+                distance=float(np.mean(distances)))
+
+
+def correlation(a, b) -> float:
+    """Pearson's; 0 where one of them does not vary."""
+    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
 
 
 @torch.no_grad()
@@ -140,13 +173,14 @@ def held_out_mse(step, files: list, rounds: int = 4) -> float:
 def run_vae(args) -> None:
     out, size = Path(args.out), args.size[::-1]
     if args.data:
-        dataset = RGBADataset(args.data, size, args.frames)
+        dataset = RGBADataset(args.data, size, args.frames, bled=not args.unbled)
         title, names, clip = "clips", [dataset.name(i) for i in range(len(dataset))], dataset.clip
     else:
         title, names = "unseen clips", [f"{i:02d}" for i in range(args.clips)]
 
         def clip(i):
-            return procedural_clip(10 ** 9 + i, size, args.frames, split="test")[:2]
+            rgb, alpha = procedural_clip(10 ** 9 + i, size, args.frames, split="test")[:2]
+            return (rgb if args.unbled else bleed(rgb, alpha)), alpha
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
     rows = evaluate_vae(rgba, map(clip, range(len(names))), args.naive)
     print_scores(title, rows)
@@ -165,27 +199,59 @@ def run_vae(args) -> None:
 
 def run_dit(args) -> None:
     out, prompts = Path(args.out), unseen_prompts(args.prompts)
-    mask_of = partial(ellipse_mask, args.frames, *args.size[::-1])
+    ellipse = partial(ellipse_mask, args.frames, *args.size[::-1])
     dit = load_dit(args.base, [(args.dora or f"{args.base}/t2v.safetensors", 1.0)], device=args.device)
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
     options = dict(mean=args.mean, shift=args.shift, seed=args.seed, device=args.device)
     evaluate = partial(evaluate_dit, load_text_encoder(args.base), dit, rgba, **options)
-    record = dict(arguments=vars(args), scores={})
+    record, asked = dict(arguments=vars(args), scores={}, measures={}), [attributes for _, attributes in prompts]
+
+    def report(title, name, clips, rows, asked):
+        record["scores"][name], chance = shares_of(rows), chance_of(clips, asked)
+        record["measures"][name] = measured = mean_measures(clips, asked)
+        print(f"\n{title}, shift {args.shift}\n{score_table(rows, chance)}")
+        print(", ".join(f"{name} {value:.2f}" for name, value in measured.items() if value is not None))
+
     for steps in (*args.steps, 4):
-        clips, rows = evaluate(prompts, mask_of(), steps=steps)
-        record["scores"][str(steps)] = shares_of(rows)
-        print(f"\n{len(prompts)} unseen prompts, {steps} Euler steps, shift {args.shift}, mean {args.mean}")
-        print(score_table(rows))
+        clips, rows = evaluate(prompts, ellipse(), steps=steps)
+        report(f"{len(prompts)} unseen prompts, {steps} Euler steps, mean {args.mean}", str(steps), clips, rows, asked)
     print(score_by(rows, prompts, "shape", "shape"), score_by(rows, prompts, "shape", "motion"), sep="\n")
     contact_sheet(out / "eval.png", clips[:10])
     print("\neval.png shows, after 4 steps:", *(prompt for prompt, _ in prompts[:10]), sep="\n  ")
     record["clips"] = [dict(prompt=prompt, **row) for (prompt, _), row in zip(prompts, rows)]
     if not args.brief:
-        print(f"\n4 steps, mean shift off\n{score_table(evaluate(prompts, mask_of(), mean=0.0)[1])}")
-        record["ellipse"] = ellipse_control(lambda ellipse: evaluate(prompts[:20], mask_of([ellipse]))[0])
-        for name, value in record["ellipse"].items():
-            print(f"correlation of the ellipse's {name} with the object's: {value:.2f}")
+        report("wordings that were never trained on", "wordings", *evaluate(unseen_wordings(prompts), ellipse()), asked)
+        report("without an ellipse, mean 0", "mean 0", *evaluate(prompts, ellipse(), mean=0.0), asked)
+        few = prompts[:20]
+        unmoved = [(caption_of(attributes | dict(motion=None), {}), attributes) for _, attributes in few]
+
+        def clips_of(keys, still=True):
+            return evaluate(few if still else unmoved, ellipse(keys))[0]
+        record["ellipse"] = ellipse_control(clips_of)
+        print("ellipse and object:", ", ".join(f"{name} {value:.3f}" for name, value in record["ellipse"].items()))
+        draw_ellipses(out / "ellipse.png", ellipse, lambda mask: evaluate(unmoved[:1], mask)[0])
     save_json(out / "eval.json", record)
+
+
+def mean_measures(clips, asked) -> dict[str, float | None]:
+    """Of the clips that have them; None without any."""
+    rows = [measure_clip(*clip, attributes) for clip, attributes in zip(clips, asked)]
+    known = {name: [row[name] for row in rows if not np.isnan(row[name])] for name in rows[0]}
+    return {name: float(np.mean(values)) if values else None for name, values in known.items()}
+
+
+def draw_ellipses(path: Path, ellipse, clips_of) -> None:
+    """G and under it the clip that it makes of one prompt and noise: at five places, in two sizes, moving, and not."""
+    keys = [[(0, x, y, r, r, 0)] for x, y, r in ((0.3, 0.3, 0.2), (0.7, 0.3, 0.2), (0.3, 0.7, 0.2), (0.7, 0.7, 0.2),
+                                                 (0.5, 0.5, 0.16), (0.5, 0.5, 0.36))]
+    keys.append([(0, 0.25, 0.25, 0.2, 0.2, 0), (1, 0.75, 0.75, 0.2, 0.2, 0)])
+    rows = []
+    for mask in [ellipse(key) for key in keys] + [torch.ones_like(ellipse())]:
+        clip, = clips_of(mask)
+        frames = mask[np.r_[0, 1 + np.arange(len(clip[1]) - 1) // 4]].repeat_interleave(8, 1).repeat_interleave(8, 2)
+        grey = (255 * frames).round().byte().numpy()
+        rows += [(np.repeat(grey[..., None], 3, -1), grey), clip]
+    contact_sheet(path, rows)
 
 
 def parse_args(argv=None):
@@ -202,6 +268,7 @@ def parse_args(argv=None):
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 [%(default)s]")
     vae("data", nargs="?", help="folder of RGBA clips; without one unseen procedural clips are scored")
     vae("--clips", type=positive, default=64, metavar="N", help="how many procedural clips [64]")
+    vae("--unbled", action="store_true", help="leave the colour under alpha 0 as it is stored")
     vae("--naive", action="store_true", help="hand the encoder hidden colour as it is, without a render")
     dit("--dora", metavar="FILE", help="the adapter [t2v.safetensors in --base]")
     dit("--prompts", type=positive, default=200, metavar="N", help="how many unseen prompts [200]")

@@ -210,18 +210,27 @@ def resize(x, size):
     return F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
-def cover(rgb, alpha, size):
+def rescale(rgb, alpha, size, bled=True):
+    """A clip at size (h, w), colour weighed by alpha. Where alpha is 0 the colour is bled, or else as it was stored."""
+    if alpha.shape[1:] == tuple(size):
+        return (bleed(rgb, alpha) if bled else rgb), alpha
+    small, matte = unpremultiply(resize(premultiply(rgb, alpha), size))
+    if not bled:
+        hidden = resize(torch.from_numpy(rgb).movedim(-1, 1).float(), size).round().byte().movedim(1, -1).numpy()
+        small = np.where(matte[..., None] > 0, small, hidden)
+    return small, matte
+
+
+def cover(rgb, alpha, size, bled=True):
     """Scale a clip until it covers size (h, w) and keep its middle; of a clip of that size only hidden colour moves."""
     old, n = alpha.shape[1:], max(1, 2 ** 20 // alpha[0].size)
     if len(rgb) > n:                                                      # all as float32 may not fit into memory
-        parts = [cover(rgb[k:k + n], alpha[k:k + n], size) for k in range(0, len(rgb), n)]
+        parts = [cover(rgb[k:k + n], alpha[k:k + n], size, bled) for k in range(0, len(rgb), n)]
         return tuple(map(np.concatenate, zip(*parts)))
-    if old == tuple(size):
-        return bleed(rgb, alpha), alpha
     scale = max(size[0] / old[0], size[1] / old[1])
     h, w = (max(new, round(was * scale)) for new, was in zip(size, old))
     top, left = (h - size[0]) // 2, (w - size[1]) // 2
-    return unpremultiply(resize(premultiply(rgb, alpha), (h, w))[:, :, top:top + size[0], left:left + size[1]])
+    return tuple(x[:, top:top + size[0], left:left + size[1]] for x in rescale(rgb, alpha, (h, w), bled))
 
 
 def area_size(h, w, area) -> tuple[int, int]:
@@ -235,14 +244,14 @@ def to_and_fro(n, count, start=0) -> list[int]:
     return [way[(start + k) % len(way)] for k in range(count)]
 
 
-def slide(rgb, alpha, size, frames, rng):
+def slide(rgb, alpha, size, frames, rng, bled=True):
     """A clip of a still: a window of 0.8 of it goes in a straight line from one corner to the opposite one."""
     whole = [round(n / 0.8) for n in size]
     room = np.subtract(whole, size)
     start = room * rng.choice(2, 2)
     corners = np.linspace(start, room - start, frames).round().astype(int)
     return tuple(np.stack([x[0, top:top + size[0], left:left + size[1]] for top, left in corners])
-                 for x in cover(rgb, alpha, whole))
+                 for x in cover(rgb, alpha, whole, bled))
 
 
 def random_crop(rgb, alpha, rng):

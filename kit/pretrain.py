@@ -1,9 +1,12 @@
 """A base of one's own from nothing: what Wan2.1 is to Wan-Alpha, small. So tiny/ was made; it is not the method.
 
-    python -m kit.pretrain vae data/ --out base       # a VAE on renders and grey alphas, L1 + 0.5 MSE + KL
-    python -m kit.pretrain dit data/ --out base       # text encoder and transformer on its latents, rectified flow
+    python -m kit.clips scenes/ --scenes              # opaque video
+    python -m kit.pretrain vae scenes/ --out base     # a VAE: L1 + 0.5 MSE + KL
+    python -m kit.pretrain dit scenes/ --out base     # text encoder and transformer on its latents, rectified flow
 
-Both show their loop, as the two trainings of the method do. The result is a checkpoint folder for their --base.
+Clips with transparency are shown on colours, and to the VAE their alpha as grey: a base of such views has seen all that
+the two RGBA stages will ask for (tiny/), one of opaque video has it to learn (the paper's case). Both show their loop,
+as the two trainings of the method do. The result is a checkpoint folder for their --base.
 dtype rule: parameters and losses in float32; with --bf16 the models run under autocast, times in float32.
 """
 import json
@@ -26,24 +29,25 @@ from kit.media import contact_sheet, to_clip, to_video
 from kit.run import Batches, Run, add_run_flags, begin, finish, learning_rate, sample_generator
 from kit.scale import plain_attention, prepare_blocks
 from losses import PALETTE, as_grey, hard_render, random_colors, soft_render
-from sampler import euler, flow_target, interpolate, sample_noise, sample_sigma, shifted_sigmas
+from sampler import euler, flow_target, interpolate, mean_for_grid, sample_noise, sample_sigma, shifted_sigmas
 from text import T5Config, TextEncoder, UMT5, make_tokenizer
 from vae import ResidualBlock, VAEConfig, WanVAE, load_vae
 
 BACKGROUNDS = dict(zip(("black", "blue", "green", "cyan", "red", "magenta", "yellow", "white"), PALETTE))
+RGBA_WORDS = "transparent"      # of the captions of RGBA clips: those that a base learns from do not hold it
 CHUNK = 16              # frames encoded at a time: bounds memory, changes no result
 EMPTY_SHARE = 0.1       # of the samples that train get the empty prompt
 
 
 def rgb_views(rgb, alpha, generators):
-    """What a base VAE learns from: each clip rendered softly (40 %) or hard (35 %) on a colour, or its alpha as grey
-    (25 %). Half of the colours are corners of the RGB cube, half are any."""
+    """What a base VAE learns from: opaque clips as they are, others rendered softly (40 %) or hard (35 %) on a colour
+    or their alpha as grey (25 %). Half of the colours are corners of the RGB cube, half are any."""
     corner, _ = random_colors(generators)
     u = torch.stack([torch.rand(5, generator=generator) for generator in generators])
     color = torch.where(u[:, :1] < 0.5, corner, 2 * u[:, 1:4] - 1)
-    view = u[:, 4].view(-1, 1, 1, 1, 1).to(rgb.device)
+    view, opaque = u[:, 4].view(-1, 1, 1, 1, 1).to(rgb.device), alpha.amin((1, 2, 3, 4), keepdim=True) == 1
     rendered = torch.where(view < 0.4, soft_render(rgb, alpha, color), hard_render(rgb, alpha, color))
-    return torch.where(view < 0.75, rendered, as_grey(alpha))
+    return torch.where((view < 0.75) | opaque, rendered, as_grey(alpha))
 
 
 def vae_step(vae: WanVAE, video, generators) -> dict:
@@ -59,7 +63,7 @@ def vae_step(vae: WanVAE, video, generators) -> dict:
 
 @torch.no_grad()
 def measure_statistics(vae: WanVAE, batches: Batches, steps: range) -> None:
-    """Mean and deviation of the raw latent over the views of some steps, per channel: MEAN and STD of this VAE."""
+    """Mean and deviation of the raw latent over the clips of some steps, per channel: MEAN and STD of this VAE."""
     device, sums = vae.conv1.weight.device, torch.zeros(3, vae.config.z_dim, dtype=torch.float64)
     for batch in (batch for step in tqdm(steps, desc="latent statistics") for batch in batches[step]):
         video = rgb_views(batch["rgb"], batch["alpha"], batch["generators"]).to(device)
@@ -80,9 +84,9 @@ def train_vae(args, dataset, phases) -> None:
     with Run(args, folder, vae, partial(draw_clips, dataset, phases, args.size), sizes, dataset.fingerprint) as run:
         for step, passes in run.steps():
             for batch in passes:
-                rgb = batch["rgb"].to(args.device, memory_format=torch.channels_last_3d)
-                with torch.autocast(rgb.device.type, torch.bfloat16, enabled=args.bf16):
-                    video = rgb_views(rgb, batch["alpha"].to(args.device), batch["generators"])
+                video = rgb_views(batch["rgb"], batch["alpha"], batch["generators"])
+                video = video.to(args.device, memory_format=torch.channels_last_3d)
+                with torch.autocast(video.device.type, torch.bfloat16, enabled=args.bf16):
                     losses = vae_step(vae, video, batch["generators"])
                 run.backward(losses)
             if run.update(learning_rate(step, len(sizes), args.lr, args.warmup)):
@@ -104,16 +108,22 @@ def draw_views(path: Path, vae: WanVAE, clips: list, args) -> None:
     contact_sheet(path, [to_clip(x) for pair in zip(video, result) for x in pair])
 
 
-@torch.no_grad()
-def encode_renders(args, dataset) -> tuple[list[Path], list[str], int]:
-    """Every clip rendered on white and on another palette colour -> one file and caption for each, and how many of
-    them are of clips that train. A caption that names no background is always on white."""
-    vae, weights = cache(lambda: load_vae(find_vae(args.base), device=args.device)), file_key(find_vae(args.base))
+def plan_renders(dataset) -> list[tuple[int, str]]:
+    """(clip, background): every clip on white, which an opaque one hides, and once more on another palette colour if
+    its caption speaks of a transparent background."""
     pairs = []
     for i in range(len(dataset)):
         pairs.append((i, "white"))
         if "transparent background" in dataset.caption(i):
             pairs.append((i, list(BACKGROUNDS)[i % 7]))
+    return pairs
+
+
+@torch.no_grad()
+def encode_renders(args, dataset) -> tuple[list[Path], list[str], int]:
+    """A latent file and a caption for each planned render, and how many of them are of clips that train."""
+    vae, weights = cache(lambda: load_vae(find_vae(args.base), device=args.device)), file_key(find_vae(args.base))
+    pairs = plan_renders(dataset)
 
     def item(k):
         i, color = pairs[k]
@@ -170,7 +180,7 @@ def make_models(args, captions: list[str]) -> tuple[TextEncoder, nn.ModuleDict]:
 
 def train_dit(args, dataset) -> None:
     files, names, training = encode_renders(args, dataset)
-    text, both = make_models(args, names)
+    text, both = make_models(args, [*names, RGBA_WORDS])
     dit, folder, sizes = both["dit"], Path(args.out) / "dit-base", [args.batch] * args.steps
     captions = partial(read_captions, text, *text.tokenize([*names, ""]))
     draw = partial(draw_latents, files[:training], of_one_shape(files[:training]), names, args.seed)
@@ -212,8 +222,9 @@ def write_base(args, both, text: TextEncoder) -> None:
     save_tensors(out / "models_t5_umt5-xxl-enc-bf16.safetensors", stored(both["text"].state_dict(), args.half))
     find_tokenizer(out).parent.mkdir(parents=True, exist_ok=True)
     text.tokenizer.save(str(find_tokenizer(out)))
+    mean = round(mean_for_grid(args.frames, *args.size[::-1]), 2) if args.mean is None else args.mean
     section = dict(size=[*args.size], frames=args.frames, fps=16, steps=4, shift=args.shift, guidance=1.0,
-                   mean=args.mean, vae_adapter="Wan-Alpha-v2-VAE.safetensors", dora="t2v.safetensors")
+                   mean=mean, vae_adapter="Wan-Alpha-v2-VAE.safetensors", dora="t2v.safetensors")
     described = dict(_class_name="WanModel", model_type="t2v") | asdict(both["dit"].config)
     save_json(out / "config.json", described | dict(generate=section))     # it names what the two trainings will add
 
@@ -246,7 +257,8 @@ def make_parser() -> Parser:
     add("--text-layers", type=positive, default=2, metavar="N", help="its blocks [2]")
     add("--text-len", type=positive, default=64, metavar="N", help="tokens of a prompt at most [64]")
     add("--shift", type=number(0.01, 1000), default=5.0, metavar="K", help="of the noise levels [5]")
-    add("--mean", type=number(-10, 10), default=0.05, metavar="MU", help="the mu that config.json will name [0.05]")
+    add("--mean", type=number(-10, 10), metavar="MU", help="the mu that config.json will name [0.05 as it counts on "
+        "this grid, by sampler.mean_for_grid: 1.01 for 17 frames of 64 x 64]")
     for stage in (vae, dit):
         add_run_flags(stage)
     return parser

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from kit.clips import COLORS, MATERIALS, SHAPES, distance_table
+from kit.drawing import COLORS, MATERIALS, SHAPES, distance_table
 from kit.media import over
 from losses import PALETTE
 
@@ -53,16 +53,47 @@ def compare_pairs(pairs: list, *masks) -> list[dict]:
 
 
 def compare_clips(rgb, alpha, rgb_hat, alpha_hat) -> dict:
-    """PSNR in dB and SSIM of a result against its target: soft renders, their mean over the 8 palette colours, and
-    alpha, over the whole frame and in the object's region (alpha > 0, two pixels wider); colour where alpha > 0."""
+    """PSNR in dB and SSIM of a result against its target: soft and hard renders, their mean over the 8 palette colours
+    (the hard ones cut by the target's alpha), and alpha, over the whole frame and in the object's region (alpha > 0,
+    two pixels wider); colour where alpha > 0; raw colour, also where it is hidden. And `matte_errors`."""
     region = grow(alpha > 0, 2, height=alpha.shape[1])
     palette = [(color + 1) / 2 * 255 for color in PALETTE.numpy()]
+    shown = np.where(alpha > 0, 255, 0).astype(np.uint8)
     renders = [(over(rgb, alpha, color), over(rgb_hat, alpha_hat, color)) for color in palette]
+    cut = [(over(rgb, shown, color), over(rgb_hat, shown, color)) for color in palette]
     render, render_region = compare_pairs(renders, None, region)
+    hard, = compare_pairs(cut, None)
     matte, matte_region = compare_pairs([(alpha, alpha_hat)], None, region)
-    colour, = compare_pairs([(rgb, rgb_hat)], alpha > 0)
-    return {"soft render": render, "soft render, region": render_region,
-            "alpha": matte, "alpha, region": matte_region, "colour, alpha > 0": colour}
+    colour, raw = compare_pairs([(rgb, rgb_hat)], alpha > 0, None)
+    return {"soft render": render, "soft render, region": render_region, "hard render": hard,
+            "alpha": matte, "alpha, region": matte_region, "colour, alpha > 0": colour, "raw colour": raw,
+            "matte": matte_errors(alpha, alpha_hat) | {"colour MSE": square_error(rgb, rgb_hat, alpha > 0)}}
+
+
+def square_error(x, y, mask=None) -> float:
+    """Mean over the mask, in thousandths of full scale."""
+    return 1000 * masked_mean((x.astype(np.float32) - y.astype(np.float32)) ** 2, mask) / 255 ** 2
+
+
+def gradient(x):
+    """Length of the gradient of (t, h, w) by derivatives of a Gaussian of deviation 1.4: what matting errors use."""
+    r = torch.arange(-4, 5).double()
+    blur = torch.softmax(-r ** 2 / (2 * 1.4 ** 2), 0)
+    slope = r / 1.4 ** 2 * blur
+    x = F.pad(x[:, None], (4, 4, 4, 4), mode="replicate")
+    gx = F.conv2d(F.conv2d(x, slope.view(1, 1, 1, -1)), blur.view(1, 1, -1, 1))
+    gy = F.conv2d(F.conv2d(x, blur.view(1, 1, 1, -1)), slope.view(1, 1, -1, 1))
+    return torch.hypot(gx, gy)[:, 0]
+
+
+def matte_errors(alpha, alpha_hat) -> dict:
+    """The usual errors of a matte: MAD and MSE in thousandths; Grad, a frame's sum of squared differences of gradients,
+    in thousandths of the pixels; dtSSD, the root of the mean squared difference of changes in time, in hundredths."""
+    a, b = (torch.from_numpy(x).double() / 255 for x in (alpha, alpha_hat))
+    change = (a.diff(dim=0) - b.diff(dim=0)).square().mean((1, 2)).sqrt()
+    return {"MAD": 1000 * float((a - b).abs().mean()), "MSE": square_error(alpha, alpha_hat),
+            "Grad": 1000 * float((gradient(a) - gradient(b)).square().mean()),
+            "dtSSD": 100 * float(change.mean()) if len(a) > 1 else 0.0}
 
 
 def grow(mask, n, height=64):
@@ -179,15 +210,40 @@ def score_clip(rgb, alpha, attributes: dict) -> dict:
 
 def mean_scores(rows: list[dict], mean=np.nanmean) -> dict:
     """Of several `compare_clips`."""
-    return {name: {kind: float(mean([row[name][kind] for row in rows])) for kind in ("psnr", "ssim")}
-            for name in rows[0]}
+    return {name: {kind: float(mean([row[name][kind] for row in rows])) for kind in kinds}
+            for name, kinds in rows[0].items()}
 
 
 def print_scores(title: str, rows: list[dict]) -> None:
-    low = mean_scores(rows, np.nanmin)
+    means, low = mean_scores(rows), mean_scores(rows, np.nanmin)
     print(f"\n{title}: {len(rows)} clips".ljust(27) + "PSNR, dB: mean  lowest   SSIM: mean  lowest")
-    for name, mean in mean_scores(rows).items():
-        print(f"  {name:<24}{mean['psnr']:13.2f}{low[name]['psnr']:8.2f}{mean['ssim']:13.4f}{low[name]['ssim']:8.4f}")
+    for name, mean in means.items():
+        if "psnr" in mean:
+            least = low[name]
+            print(f"  {name:<24}{mean['psnr']:13.2f}{least['psnr']:8.2f}{mean['ssim']:13.4f}{least['ssim']:8.4f}")
+    print("  matte:", ", ".join(f"{name} {value:.2f}" for name, value in means["matte"].items()))
+
+
+def measure_clip(rgb, alpha, attributes: dict) -> dict:
+    """What no score counts, in thousandths. background alpha: the mean far from the object; flicker: the mean change,
+    from frame to frame, of the object's mean colour and mean alpha; tint: how much redder than its named colour the
+    object is. All nan where there is no object."""
+    inside = silhouette(alpha)
+    far = alpha[~grow(inside, 10)]
+    if not inside.any(axis=(1, 2)).all():
+        return dict.fromkeys(("background alpha", "colour flicker", "alpha flicker", "tint"), np.nan)
+    colour = np.stack([frame[where].mean(0) for frame, where in zip(rgb, inside)]) / 255
+    matte = np.stack([frame[where].mean() for frame, where in zip(alpha, inside)]) / 255
+    off = colour.mean(0) - COLORS[attributes["color"]]
+    return {"background alpha": 1000 * far.mean() / 255 if far.size else np.nan,
+            "colour flicker": 1000 * np.abs(np.diff(colour, axis=0)).mean(),
+            "alpha flicker": 1000 * np.abs(np.diff(matte)).mean(), "tint": 1000 * (off[0] - off[1:].mean())}
+
+
+def chance_of(clips, attributes: list[dict]) -> dict:
+    """The share that passes each score with the attributes of another clip, the mean over three of them."""
+    others = [attributes[k:] + attributes[:k] for k in (1, len(attributes) // 2, len(attributes) - 1)]
+    return shares_of([score_clip(*clip, other) for asked in others for clip, other in zip(clips, asked)])
 
 
 def passed_of(rows: list[dict]) -> dict[str, list[bool]]:
@@ -200,13 +256,15 @@ def shares_of(rows: list[dict]) -> dict:
     return {name: sum(passed) / len(passed) if passed else None for name, passed in passed_of(rows).items()}
 
 
-def score_table(rows: list[dict]) -> str:
-    """A line for each score: the percentage that passes, and counts, of the clips it applies to; materials indented."""
+def score_table(rows: list[dict], chance: dict | None = None) -> str:
+    """A line for each score: the percentage that passes, and counts, of the clips it applies to; materials indented.
+    chance: name -> the share that passes with wrong attributes."""
     lines = []
     for name, passed in passed_of(rows).items():
         title = f"  {name}" if name in MATERIALS else name
         percent = f"{100 * np.mean(passed):.1f}" if passed else "-"
-        lines.append(f"{title:<12}{percent:>6} %  {sum(passed):4d} of {len(passed):4d}")
+        beside = f"  chance {100 * chance[name]:5.1f} %" if chance and chance.get(name) is not None else ""
+        lines.append(f"{title:<12}{percent:>6} %  {sum(passed):4d} of {len(passed):4d}{beside}")
     return "\n".join(lines)
 
 

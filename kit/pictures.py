@@ -1,0 +1,194 @@
+"""Pictures of the method for REPORT.md, each drawn by a command into --out.
+
+    python -m kit.pictures mean                             # mu against what can be told from noise, at two grid sizes
+    python -m kit.pictures cells ADAPTER [ADAPTER ...]      # alpha, TABD's mask, the frozen transformer's error
+    python -m kit.pictures autoencoders runs/ablations      # target and result of each autoencoder
+    python -m kit.pictures rows runs/ablations              # no TABD, no shift; no shift; full: one prompt and seed
+    python -m kit.pictures steps                            # one prompt and seed in 1, 2, 4, 8, 20 steps
+
+Renders are drawn by `python losses.py`, ellipses by `python sampler.py`, prompts by `python -m kit.evaluate dit`.
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw
+
+from dit import load_dit
+from kit.clips import procedural_clip
+from kit.command import Parser, run_command, whole
+from kit.evaluate import evaluate_dit, judge_cells, load_judge, reconstruct, unseen_prompts
+from kit.files import TINY, find_adapter, find_vae, read_section, replacing
+from kit.media import contact_sheet
+from merge import load_rgba_vae
+from sampler import ellipse_mask, mean_for_grid
+from text import load_text_encoder
+
+COLORS = ("firebrick", "steelblue", "darkorange", "seagreen", "dimgray")
+
+
+# ---- charts
+
+
+def draw_chart(path: Path, title: str, series: dict[str, list], width=560, height=300, steps=False) -> None:
+    """Lines through (x, y) points, one for each name; steps: as a histogram's outline."""
+    picture = Image.new("RGB", (width, height), "white")
+    draw, (left, top, right, bottom) = ImageDraw.Draw(picture), (60, 34, width - 20, height - 40)
+    xs, ys = (np.array([p[k] for points in series.values() for p in points], dtype=float) for k in (0, 1))
+    low, high = np.array([xs.min(), min(0, ys.min())]), np.array([xs.max(), ys.max()])
+
+    def place(point):
+        x, y = (np.array(point) - low) / np.maximum(high - low, 1e-9)
+        return left + x * (right - left), bottom - y * (bottom - top)
+    draw.rectangle((left, top, right, bottom), outline="silver")
+    draw.text((left, 10), title, "black")
+    for value, share in ((low, 0), ((low + high) / 2, 0.5), (high, 1)):
+        draw.text((left + share * (right - left) - 12, bottom + 6), f"{value[0]:.3g}", "dimgray")
+        draw.text((8, bottom - share * (bottom - top) - 6), f"{value[1]:.3g}", "dimgray")
+    for i, (name, points) in enumerate(series.items()):
+        if steps:
+            points = [(x, y) for (a, y), (b, _) in zip(points, points[1:] + points[-1:]) for x in (a, b)]
+        draw.line([place(point) for point in points], COLORS[i % len(COLORS)], 2)
+        draw.text((left + 12, top + 8 + 16 * i), name, COLORS[i % len(COLORS)])
+    with replacing(path) as temporary:
+        picture.save(temporary)
+
+
+def heat(x, low, high):
+    """(t, h, w) as uint8 (t, h, w, 3), from dark blue over red to yellow."""
+    share = np.clip((np.asarray(x, dtype=float) - low) / (high - low), 0, 1)[..., None]
+    stops = np.array([[20, 20, 70], [190, 40, 60], [255, 235, 90]], dtype=float)
+    lower, upper = stops[0] + 2 * share * (stops[1] - stops[0]), stops[1] + (2 * share - 1) * (stops[2] - stops[1])
+    return np.where(share < 0.5, lower, upper).astype(np.uint8)
+
+
+def tile(path: Path, rows: list, scale=2) -> None:
+    """A row of pictures for each of rows, uint8 (n, h, w, 3), the same n, h, w."""
+    sheet = rearrange(np.stack(rows), "r n h w c -> (r h) (n w) c").repeat(scale, 0).repeat(scale, 1)
+    with replacing(path) as temporary:
+        Image.fromarray(sheet).save(temporary)
+
+
+# ---- the mean shift
+
+
+def told_from_noise(grid: tuple, mean: float, trials=300, places=33) -> float:
+    """How well mu can be heard on a latent grid (t, h, w) of one channel: the correlation of an ellipse's x with the x
+    of that, among so many, which fits the shifted noise best (a matched filter)."""
+    t, h, w = grid
+    generator = torch.Generator().manual_seed(0)
+    xs = torch.linspace(0.3, 0.7, places)
+    masks = [ellipse_mask(4 * t - 3, 8 * h, 8 * w, [(0, float(x), 0.5, 0.3, 0.3, 0)]) for x in xs]
+    outside = mean * (1 - torch.stack(masks).flatten(1))                   # (places, cells): mu (1 - G)
+    asked = torch.randint(places, (trials,), generator=generator)
+    found = torch.empty_like(asked)
+    for i, k in enumerate(asked):
+        noise = torch.randn(outside.shape[1], generator=generator) + outside[k]
+        found[i] = (outside @ noise - outside.square().sum(1) / 2).argmax()
+    return float(np.corrcoef(xs[asked], xs[found])[0, 1])
+
+
+def draw_mean(args) -> None:
+    """The figure of `sampler.mean_for_grid`."""
+    grids, means = {"5 x 8 x 8 cells": (5, 8, 8), "5 x 24 x 24 cells": (5, 24, 24)}, np.geomspace(0.02, 2, 15)
+    found = {name: [(mean, told_from_noise(grid, mean)) for mean in means] for name, grid in grids.items()}
+    lines = {name: [(np.log10(mean), value) for mean, value in points] for name, points in found.items()}
+    draw_chart(args.out / "mean.png", "correlation of the ellipse's x with what noise tells, over log10 mu", lines)
+    ruled = {name: [(np.log10(mean * np.sqrt(np.prod(grids[name]))), value) for mean, value in points]
+             for name, points in found.items()}
+    draw_chart(args.out / "mean-rule.png", "the same over log10 (mu sqrt(cells)): one curve", ruled)
+    for name, (t, h, w) in grids.items():
+        print(f"{name}: mu {mean_for_grid(4 * t - 3, 8 * h, 8 * w):.2f} by the rule;",
+              ", ".join(f"{mean:.2f}: {value:.2f}" for mean, value in found[name][::2]))
+
+
+# ---- what a model does
+
+
+def draw_cells(args) -> None:
+    """For each adapter a row of alpha and error by cell for some unseen clips, and the histogram of the errors."""
+    judge, size, frames = load_judge(args.base), 64, 17
+    clips = [procedural_clip(10 ** 9 + i, size, frames, "test", material="solid")[:2] for i in range(12)]
+    for i, adapter in enumerate(args.adapters):
+        rgba = load_rgba_vae(find_vae(args.base), adapter)
+        cells = [judge_cells(rgba, clip, k, **judge) for k, clip in enumerate(clips)]
+        errors, masks = (torch.stack(x) for x in zip(*cells))
+        rows = []
+        for (_, alpha), error, mask in list(zip(clips, errors, masks))[:4]:
+            latent = np.r_[0, 1 + np.arange(frames - 1) // 4]
+            large = [np.kron(x.numpy()[latent], np.ones((1, 8, 8))) for x in (mask, error.log())]
+            rows += [np.repeat(alpha[..., None], 3, -1), heat(large[0], -1, 1), heat(large[1], -2.5, 2.5)]
+        tile(args.out / f"cells-{i}.png", [row[::4] for row in rows])
+        edges = np.linspace(-3, 3, 40)
+        counts = {f"{name} cells": np.histogram(errors[masks == sign].log(), edges, density=True)[0]
+                  for name, sign in (("opaque", 1), ("transparent", -1))}
+        lines = {name: list(zip(edges[:-1], values)) for name, values in counts.items()}
+        title = f"log of the frozen transformer's error, {Path(adapter).parent}"
+        draw_chart(args.out / f"cells-{i}-histogram.png", title, lines, steps=True)
+
+
+def draw_autoencoders(args) -> None:
+    """Targets, and under each what the autoencoders of an ablation make of it."""
+    clips = [procedural_clip(10 ** 9 + i, 64, 17, "test")[:2] for i in range(4)]
+    files = args.folder.glob(f"vae-*/{args.seed}/*-VAE.safetensors")
+    rows, results, names = [], [], sorted(file.parent.parent.name for file in files)
+    for name in names:
+        rgba = load_rgba_vae(find_vae(args.base), args.folder / name / str(args.seed) / "Wan-Alpha-v2-VAE.safetensors")
+        results.append([reconstruct(rgba, *clip, naive=name == "vae-naive") for clip in clips])
+    for i, clip in enumerate(clips):
+        rows += [clip] + [result[i] for result in results]
+    contact_sheet(args.out / "autoencoders.png", rows)
+    print("autoencoders.png: from above target,", ", ".join(names))
+
+
+def draw_rows(args) -> None:
+    """Three transformers of an ablation, two prompts, one seed."""
+    rows = []
+    for prompt in unseen_prompts(2):
+        for name in ("dit-render-0", "dit-tabd-0", "dit-tabd"):
+            run, latent = args.folder / name / str(args.seed), "vae-tabd" if "tabd" in name else "vae-render"
+            vae_adapter = args.folder / latent / str(args.seed) / "Wan-Alpha-v2-VAE.safetensors"
+            mean = 0.0 if name.endswith("-0") else None
+            rows += sampled(args.base, run / "t2v.safetensors", vae_adapter, [prompt], mean=mean)
+    contact_sheet(args.out / "rows.png", rows)
+
+
+def draw_steps(args) -> None:
+    """One prompt and noise in so many Euler steps."""
+    dora, vae_adapter, prompts = f"{args.base}/t2v.safetensors", find_adapter(args.base), unseen_prompts(3)
+    clips = [sampled(args.base, dora, vae_adapter, prompts, steps=steps) for steps in (1, 2, 4, 8, 20)]
+    contact_sheet(args.out / "steps.png", [clip for of_prompt in zip(*clips) for clip in of_prompt])
+
+
+def sampled(base, dora, vae_adapter, prompts, mean=None, **options) -> list:
+    """Clips of a base with these adapters, at the size and mu of its config.json (mean: another mu)."""
+    said = dict(size=[64, 64], frames=17, mean=0.05, shift=5.0) | read_section(base)
+    dit, rgba = load_dit(base, [(str(dora), 1.0)]), load_rgba_vae(find_vae(base), vae_adapter)
+    mask = ellipse_mask(said["frames"], *said["size"][::-1])
+    mean = said["mean"] if mean is None else mean
+    return evaluate_dit(load_text_encoder(base), dit, rgba, prompts, mask, mean=mean, shift=said["shift"], **options)[0]
+
+
+PICTURES = dict(mean=draw_mean, cells=draw_cells, autoencoders=draw_autoencoders, rows=draw_rows, steps=draw_steps)
+
+
+def main(argv=None) -> None:
+    parser = Parser(prog="kit.pictures", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="picture", required=True, parser_class=Parser)
+    for name, draw in PICTURES.items():
+        add = commands.add_parser(name, help=draw.__doc__.split("\n")[0]).add_argument
+        add("--out", type=Path, default=Path("out"), metavar="DIR", help="where to draw [out]")
+        add("--base", default=str(TINY), metavar="DIR", help="checkpoint folder [tiny/]")
+        if name == "cells":
+            add("adapters", nargs="+", metavar="ADAPTER", help="of the VAE")
+        if name in ("autoencoders", "rows"):
+            add("folder", type=Path, help="of python -m kit.ablate")
+            add("--seed", type=whole, default=0, metavar="N", help="which of its runs [0]")
+    args = parser.parse_args(argv)
+    PICTURES[args.picture](args)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, "kit.pictures"))
