@@ -175,11 +175,20 @@ def tabd_loss(v_hat: Tensor, v: Tensor, mask: Tensor, weight: Tensor, clamp: tup
 
 
 if __name__ == "__main__":
+    import imageio.v3 as iio
+
     y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
-    alpha = (1.5 - 2 * (x**2 + y**2).sqrt()).clamp(0, 1).expand(1, 1, 17, 64, 64)  # a disc with a soft rim
-    rgb = torch.stack([x, y, -x]).view(1, 3, 1, 64, 64).expand(1, 3, 17, 64, 64)
+    alpha = (2.4 - 3 * (x**2 + y**2).sqrt()).clamp(0, 1).expand(1, 1, 17, 64, 64)  # a disc with a soft rim
+    stripes = torch.stack([x, (40 * y).sin(), -x]).view(1, 3, 1, 64, 64)           # behind it; nothing should see them
+    rgb = torch.where(alpha > 0, torch.stack([x, y, -x]).view(1, 3, 1, 64, 64), stripes)
     for name, hat in {"equal": (rgb, alpha), "paler": (rgb * 0.8, alpha), "fainter": (rgb, alpha * 0.8)}.items():
         parts = rgba_loss(*hat, rgb, alpha, random_colors([torch.Generator().manual_seed(0)]))
         print(name.ljust(8), *(f"{k} {v:.4f}" for k, v in parts.items()))
-    print("latent cells, later frames: # opaque, - transparent or semi-transparent, . mixed")
-    print("\n".join("".join("-.#"[int(m) + 1] for m in row) for row in tabd_mask(alpha)[0, 0, 1]))
+    cells = tabd_mask(alpha)[:, :, 1:2].repeat_interleave(8, 3).repeat_interleave(8, 4).expand(1, 3, 1, 64, 64)
+    first = [rgb, as_grey(alpha), cells, *[torch.ones_like(rgb)] * 5]
+    rows = [first] + [[render(rgb, alpha, c) for c in PALETTE] for render in (soft_render, hard_render)]
+    sheet = torch.cat([torch.cat([video[0, :, 0] for video in row], 2) for row in rows], 1)
+    Path("out").mkdir(exist_ok=True)
+    iio.imwrite("out/losses.png", (127.5 * (sheet + 1)).round().byte().movedim(0, 2).numpy())
+    print("out/losses.png: colour as stored, alpha, TABD's mask (white opaque, black transparent or semi-transparent, "
+          "grey mixed);\nunder them soft and hard renders on the eight palette colours")

@@ -355,7 +355,11 @@ if __name__ == "__main__":
 
     alpha = torch.stack([gaussian((60 + 5 * i, 60, 35, 12, i / 8), 120, 208) for i in range(17)])
     G = gaussian_mask(alpha)
-    rows = [torch.cat(list(v), 1) for v in (alpha[::4] > 0.5, G.repeat_interleave(8, 1).repeat_interleave(8, 2))]
+    mean = mean_for_grid(17, 120, 208)
+    noise = shift_noise(sample_noise((1, *G.shape), [torch.Generator().manual_seed(0)]), G, mean)[0, 0]
+    cells = [x.repeat_interleave(8, 1).repeat_interleave(8, 2) for x in (G, 1 - G, (noise / 6 + 0.5).clamp(0, 1))]
     Path("out").mkdir(exist_ok=True)
-    iio.imwrite("out/ellipse.png", (torch.cat(rows) * 255).round().byte().numpy())
-    print(f"out/ellipse.png: a moving alpha and under it its masks G, {tuple(G.shape)}")
+    sheet = torch.cat([torch.cat(list(row), 1) for row in (alpha[::4] > 0.5, *cells)])
+    iio.imwrite("out/ellipse.png", (255 * sheet).round().byte().numpy())
+    print(f"out/ellipse.png: a moving alpha; its masks G, {tuple(G.shape)}; the mean of the noise outside, up to mu; a "
+          f"channel of the noise\nmu is 0.05 on 21 x 60 x 104 cells and counts as much as {mean:.2f} on these")

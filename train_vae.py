@@ -40,7 +40,8 @@ def rgba_step(rgba: RGBAVAE, rgb, alpha, generators, vgg=None, perceptual=0.0, o
     (b, 1, t, h, w) in [0, 1]. generators: one a sample, for its colours, time and noise.
 
     vgg, perceptual: the distance of the perceptual term and its weight. dit, empty: the frozen base transformer and its
-    context of the empty prompt (l, d), for L_TABD. own_alpha, tabd_strict: see losses.py. naive: without any render, the paper's point of comparison."""
+    context of the empty prompt (l, d), for L_TABD. own_alpha, tabd_strict: see losses.py. naive: without any render, the
+    paper's point of comparison."""
     color, _ = random_colors(generators)
     z = rgba.encode(rgb, alpha, None if naive else color, chunk=None)
     rgb_hat, alpha_hat = (x.float() for x in rgba.decode(z, chunk=None))
@@ -82,7 +83,7 @@ def train(args, dataset, phases) -> None:
     if args.perceptual:
         options |= dict(vgg=VGG(args.vgg).to(args.device))
     if args.tabd:
-        options |= load_judge(args.base, torch.bfloat16 if args.bf16 else torch.float32, args.device)
+        options |= load_judge(args.judge or args.base, torch.bfloat16 if args.bf16 else torch.float32, args.device)
     held_out = [dataset.clip(i) for i in dataset.held_out()]
     draw = partial(draw_clips, dataset, phases, args.size)
     folder = Path(args.out) / "vae-rgba"
@@ -127,6 +128,8 @@ def make_parser() -> Parser:
         help="its bounds [-1 1, the paper's formula; officially 0 1]")
     add("--unbled", action="store_true", help="leave the colour under alpha 0 as it is stored, else that around is "
         "spread")
+    add("--judge", metavar="DIR", help="folder of the frozen transformer that L_TABD asks [--base; officially the 1.3B "
+        "model's]")
     add("--tabd-strict", action="store_true", help="its mask has two values (the paper), not three")
     add("--own-alpha", action="store_true", help="the hard render of an output is cut by its own alpha, as officially, "
         "not by the target's")
