@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dora import adapter_state, add_lora, merge_adapter, parse_adapter
+from dora import adapter_state, add_lora, load_adapter_state, merge_adapter, parse_adapter
 from kit.files import Checkpoint, load_strict
 from losses import hard_render
 from vae import AttentionBlock, CausalConv3d, RMSNorm, ResidualBlock, Sequential, WanVAE, chunks, load_vae
@@ -121,6 +121,13 @@ class RGBAVAE(nn.Module):
         for name in ("vae_fgr", "vae_pha"):
             state |= {f"{name}.{k}": v for k, v in adapter_state(getattr(self, name)).items()}
         return state
+
+    def load_adapter(self, state: dict) -> None:
+        """The way back, into adapters of the same rank. ValueError or RuntimeError if something does not fit."""
+        parts = split_adapter(state, "the file")
+        self.middle.load_state_dict(parts["middle"])
+        for name in ("vae_fgr", "vae_pha"):
+            load_adapter_state(getattr(self, name), parts[name])
 
 
 def adapter_part(key: str) -> str:

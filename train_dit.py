@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from dit import Block, WanDiT, open_dit
-from dora import adapter_state, add_dora, add_lora
+from dora import adapter_state, add_dora, add_lora, load_adapter_state
 from kit.batches import draw_latents, encoded, of_one_shape
 from kit.command import Parser, clip_frames, end_process_group, is_first, number, pixels, positive, run_command
 from kit.data import open_data
@@ -116,7 +116,8 @@ def train(args, dataset) -> None:
     draw = partial(draw_latents, files[:training], of_one_shape(files[:training]), names, args.seed)
     options, sizes = dict(mean=args.mean, shift=args.shift), [args.batch] * args.steps
 
-    with Run(args, folder, dit, draw, sizes, dataset.fingerprint) as run, plain_attention(args.device):
+    load = partial(load_adapter_state, dit)
+    with Run(args, folder, dit, draw, sizes, dataset.fingerprint, load) as run, plain_attention(args.device):
         for step, passes in run.steps():
             for batch in passes:
                 z = batch["z"].to(args.device)

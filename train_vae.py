@@ -40,8 +40,8 @@ def rgba_step(rgba: RGBAVAE, rgb, alpha, generators, vgg=None, perceptual=0.0, o
     (b, 1, t, h, w) in [0, 1]. generators: one a sample, for its colours, time and noise.
 
     vgg, perceptual: the distance of the perceptual term and its weight. dit, empty: the frozen base transformer and its
-    context of the empty prompt (l, d), for L_TABD. own_alpha, tabd_strict: see losses.py. naive: without any render, the
-    paper's point of comparison."""
+    context of the empty prompt (l, d), for L_TABD. own_alpha, tabd_strict: see losses.py. naive: without any render,
+    the paper's point of comparison."""
     color, _ = random_colors(generators)
     z = rgba.encode(rgb, alpha, None if naive else color, chunk=None)
     rgb_hat, alpha_hat = (x.float() for x in rgba.decode(z, chunk=None))
@@ -88,7 +88,7 @@ def train(args, dataset, phases) -> None:
     draw = partial(draw_clips, dataset, phases, args.size)
     folder = Path(args.out) / "vae-rgba"
 
-    with Run(args, folder, rgba, draw, sizes, dataset.fingerprint) as run:
+    with Run(args, folder, rgba, draw, sizes, dataset.fingerprint, rgba.load_adapter) as run:
         for step, passes in run.steps():
             for batch in passes:
                 rgb, alpha = (batch[name].to(args.device, memory_format=torch.channels_last_3d)

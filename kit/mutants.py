@@ -76,7 +76,7 @@ MUTANTS = [     # file, text that stands there once, what it becomes, the test t
     ("train_vae.py", "None if naive else color, chunk", "color, chunk", "naive"),
     ("train_dit.py", "dit(interpolate(z, noise, sigma), 1000 * sigma", "dit(interpolate(z, noise, sigma), sigma",
      "shifted_noise"),
-    ("train_dit.py", "+ [read_text_len(args.base), args.bf16]", "+ [args.bf16]", "cached_context"),
+    ("train_dit.py", "+ [read_text_len(args.base), args.bf16, ", "+ [args.bf16, ", "cached_context"),
     ("train_dit.py", "    dataset.release()\n", "", "cached_context"),
     ("generate.py", "(255 * x).round()", "(255 * x).floor()", "rounded"),
     ("generate.py", "    if mask is not None:\n        noise = ", "    if mask is None:\n        noise = ", "argument"),

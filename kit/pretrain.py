@@ -81,7 +81,8 @@ def train_vae(args, dataset, phases) -> None:
     prepare_blocks(vae.to(args.device), ResidualBlock, args)
     folder, sizes, held_out = Path(args.out) / "vae-base", batch_sizes(phases), dataset.held_out(4)
 
-    with Run(args, folder, vae, partial(draw_clips, dataset, phases, args.size), sizes, dataset.fingerprint) as run:
+    draw = partial(draw_clips, dataset, phases, args.size)
+    with Run(args, folder, vae, draw, sizes, dataset.fingerprint, vae.load_state_dict) as run:
         for step, passes in run.steps():
             for batch in passes:
                 video = rgb_views(batch["rgb"], batch["alpha"], batch["generators"])

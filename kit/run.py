@@ -37,7 +37,7 @@ from tqdm import tqdm
 from kit.command import (average, check_device, end_process_group, is_first, number, peak_memory, positive, processes,
                          ranks, start_process_group, whole)
 from kit.curves import draw_curves
-from kit.files import replacing, save_json, save_text
+from kit.files import Checkpoint, replacing, save_json, save_text
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +60,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=whole, default=0, metavar="N", help="of weights, batches and noise [0]")
     add("--workers", type=whole, default=min(4, max(1, (os.cpu_count() or 1) // 2)), metavar="N",
         help="processes that read clips while the model trains; 0: none [%(default)s here]")
-    add("--start", metavar="FILE", help="checkpoint.pt of another run: begin with its weights")
+    add("--start", metavar="FILE", help="weights to begin with: checkpoint.pt of another run, or what one has written")
     add("--resume", action="store_true", help="go on from the last checkpoint of the same run")
     add("--log-every", type=positive, default=50, metavar="N", help="steps between lines of log.jsonl [50]")
     add("--save-every", type=positive, default=500, metavar="N", help="steps between checkpoints and sheets [500]")
@@ -166,12 +166,14 @@ def load_batches(batches: Batches, steps: range, args) -> Iterator[list[dict]]:
 
 class Run:
     """draw(step, generators) makes a batch of one sample a generator: a dict with "names" of the clips; it runs in
-    workers. sizes: of each step's whole batch, as many as there are steps. clips: the data's fingerprint."""
+    workers. sizes: of each step's whole batch, as many as there are steps. clips: the data's fingerprint. load: puts
+    the tensors of a weights file into the model, for --start."""
 
-    def __init__(self, args, folder: Path, model: nn.Module, draw: Callable, sizes: list[int], clips: str = ""):
+    def __init__(self, args, folder: Path, model: nn.Module, draw: Callable, sizes: list[int], clips: str = "",
+                 load: Callable[[dict], None] | None = None):
         self.args, self.folder, self.model, self.sizes, self.clips = args, folder, model, sizes, clips
         self.trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
-        self.optimizers = make_optimizers(model, args)
+        self.optimizers, self.load = make_optimizers(model, args), load
         self.batches = Batches(draw, sizes, args)
         self.file, self.caught, self.handlers = folder / "checkpoint.pt", [], {}
         self.start, self.losses, self.rows, self.log = 0, [], [], None
@@ -220,12 +222,20 @@ class Run:
             raise ValueError(f"{self.folder} holds a run already: --resume goes on with it, or choose another --out")
         if not (resume or start):
             return
+        if start and not resume and self.load and Path(start).suffix in (".safetensors", ".bin", ".pth"):
+            return self.start_from(start)
         saved = read_run(self.file if resume else start, self.trained)
         if resume:
             self.go_on(saved)
         with torch.no_grad():
             for name, value in saved["model"].items():
                 self.trained[name].copy_(value)
+
+    def start_from(self, file) -> None:
+        try:
+            self.load(Checkpoint(file).read())
+        except (ValueError, RuntimeError) as error:         # RuntimeError: load_state_dict's
+            raise ValueError(f"--start {file} does not fit what is trained here: {error}") from None
 
     def go_on(self, saved: dict) -> None:
         fixed = fixed_arguments(self.args, self.clips)

@@ -1748,6 +1748,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path, no_
     refuses(lambda: run.check_loss(5.1, 1.0, usual, 200, ["a"], Path("c.pt")), "over 50 times its median", "clips a")
 
 
+def test_a_training_begins_with_weights_that_one_has_written(tmp_path, no_sheets):
+    """At a learning rate of nothing they come out as they went in."""
+    a_training(tmp_path)
+    vae = f"{tmp_path}/data --base {base()} --perceptual 0 --tabd 0 --rank 2 --schedule 2:1:16:2 --workers 0"
+    dit = f"{tmp_path}/data --base {base()} --cache {tmp_path}/cache --size 32 --frames 5 --rank 2 --steps 2 --batch 1"
+    for main, flags, name in ((train_vae.main, vae, "Wan-Alpha-v2-VAE.safetensors"), (train_dit.main, dit, DORA_FILE)):
+        first, second = (tmp_path / name.split("-")[0] / part for part in "ab")
+        main([*flags.split(), "--out", str(first), "--lr", "0.01", "--warmup", "1"])
+        main([*flags.split(), "--out", str(second), "--lr", "1e-12", "--start", str(first / name)])
+        one, two = load_file(first / name), load_file(second / name)
+        assert one.keys() == two.keys() and all(torch.allclose(one[k], two[k], atol=1e-6) for k in one)
+        assert any(".lora_B" in key and value.any() for key, value in one.items())
+        other = [*flags.replace("--rank 2", "--rank 3").split(), "--out", str(tmp_path / "c"), "--start"]
+        refuses(lambda: main([*other, str(first / name)]), "does not fit")
+
+
 def test_resume_wants_the_same_run_and_a_new_one_a_new_folder(tmp_path, no_sheets):
     arguments = a_training(tmp_path, steps=2)
     refuses(lambda: train_dit.main([*arguments, "--resume"]), "checkpoint.pt to go on from")
