@@ -4,8 +4,8 @@
     python -m kit.evaluate vae data/            # of a folder of clips of your own, or with --frames 1 of pictures
     python -m kit.evaluate dit                  # does the transformer show what 200 unseen prompts name?
 
-Tables on stdout; in --out eval.json, and to look at the first eight clips, each beside its target, as eval/, or the
-clips of the first ten prompts as eval.png. All in float32. Noise depends on --seed and a clip's number alone.
+Tables on stdout; in --out eval.json and eval.png: the first eight clips, each under its target (they are also in
+eval/), or the clips of the first ten prompts. All in float32. Noise depends on --seed and a clip's number alone.
 """
 import sys
 from collections import Counter
@@ -21,10 +21,11 @@ from kit.clips import COMBINATIONS, UNSEEN_SENTENCES, caption_of, draw_wording, 
 from kit.command import Parser, check_device, clip_frames, number, pixels, positive, run_command, whole
 from kit.data import RGBADataset
 from kit.files import TINY, find_adapter, find_dit, find_vae, read_checkpoint, read_section, save_json
+from kit.lpips import LPIPS
 from kit.media import bleed, contact_sheet, to_clip, to_video, write_rgba
 from kit.score import (chance_of, compare_clips, mean_scores, measure_clip, print_scores, score_by, score_clip,
                        score_table, shares_of)
-from losses import tabd_mask
+from losses import PALETTE, as_grey, soft_render, tabd_mask
 from merge import WHITE, load_rgba_vae
 from sampler import ellipse_mask, euler, flow_target, interpolate, sample_noise, shift_noise, shifted_sigmas
 from text import load_text_encoder
@@ -47,9 +48,25 @@ def reconstruct(rgba, rgb, alpha, naive=False) -> tuple:
     return to_clip(rgb[0], alpha[0])
 
 
-def evaluate_vae(rgba, clips, naive=False) -> list[dict]:
-    """`compare_clips` of each (rgb, alpha) uint8 clip and what the autoencoder makes of it."""
-    return [compare_clips(*clip, *reconstruct(rgba, *clip, naive)) for clip in tqdm(clips, desc="autoencode")]
+def evaluate_vae(rgba, clips, naive=False, lpips=None) -> list[dict]:
+    """`compare_clips` of each (rgb, alpha) uint8 clip and what the autoencoder makes of it; lpips: asked, too."""
+    rows = []
+    for clip in tqdm(clips, desc="autoencode"):
+        result = reconstruct(rgba, *clip, naive)
+        rows.append(compare_clips(*clip, *result))
+        if lpips:
+            rows[-1]["LPIPS"] = perceptual_distances(lpips, clip, result)
+    return rows
+
+
+@torch.no_grad()
+def perceptual_distances(lpips, clip, result) -> dict:
+    """LPIPS of soft renders, the mean over the palette, and of alpha as grey, frame by frame."""
+    (rgb, alpha), (rgb_hat, alpha_hat) = to_video(*clip), to_video(*result)
+    pairs = {"soft render": [(soft_render(rgb, alpha, c), soft_render(rgb_hat, alpha_hat, c)) for c in PALETTE],
+             "alpha": [(as_grey(alpha), as_grey(alpha_hat))]}
+    return {name: float(np.mean([lpips(x[0].movedim(1, 0), y[0].movedim(1, 0)).mean() for x, y in videos]))
+            for name, videos in pairs.items()}
 
 
 @torch.no_grad()
@@ -182,12 +199,14 @@ def run_vae(args) -> None:
             rgb, alpha = procedural_clip(10 ** 9 + i, size, args.frames, split="test")[:2]
             return (rgb if args.unbled else bleed(rgb, alpha)), alpha
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
-    rows = evaluate_vae(rgba, map(clip, range(len(names))), args.naive)
+    rows = evaluate_vae(rgba, map(clip, range(len(names))), args.naive, LPIPS(*args.lpips) if args.lpips else None)
     print_scores(title, rows)
     record = {"arguments": vars(args), title: dict(mean=mean_scores(rows), clips=dict(zip(names, rows))), "cells": None}
-    for i, name in enumerate(names[:8]):
-        for kind, shown in (("target", clip(i)), ("result", reconstruct(rgba, *clip(i), args.naive))):
-            write_rgba(f"{(out / 'eval' / name).with_suffix('')}-{kind}.webp", *shown)
+    shown = [(clip(i), reconstruct(rgba, *clip(i), args.naive)) for i in range(len(names[:8]))]
+    for name, pair in zip(names, shown):
+        for kind, one in zip(("target", "result"), pair):
+            write_rgba(f"{(out / 'eval' / name).with_suffix('')}-{kind}.webp", *one)
+    contact_sheet(out / "eval.png", [one for pair in shown for one in pair])
     if find_dit(args.base)[0].is_file():
         judge = load_judge(args.base, device=args.device)
         record["cells"] = cell_losses(rgba, **judge, clips=map(clip, range(len(names))), naive=args.naive)
@@ -268,6 +287,7 @@ def parse_args(argv=None):
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 [%(default)s]")
     vae("data", nargs="?", help="folder of RGBA clips; without one unseen procedural clips are scored")
     vae("--clips", type=positive, default=64, metavar="N", help="how many procedural clips [64]")
+    vae("--lpips", nargs=2, metavar="FILE", help="vgg16-397923af.pth and LPIPS's vgg.pth: that distance, too")
     vae("--unbled", action="store_true", help="leave the colour under alpha 0 as it is stored")
     vae("--naive", action="store_true", help="hand the encoder hidden colour as it is, without a render")
     dit("--dora", metavar="FILE", help="the adapter [t2v.safetensors in --base]")

@@ -5,6 +5,7 @@
     python -m kit.pictures autoencoders runs/ablations      # target and result of each autoencoder
     python -m kit.pictures rows runs/ablations              # no TABD, no shift; no shift; full: one prompt and seed
     python -m kit.pictures steps                            # one prompt and seed in 1, 2, 4, 8, 20 steps
+    python -m kit.pictures preview                          # the README's
 
 Renders are drawn by `python losses.py`, ellipses by `python sampler.py`, prompts by `python -m kit.evaluate dit`.
 """
@@ -19,9 +20,9 @@ from PIL import Image, ImageDraw
 from dit import load_dit
 from kit.clips import procedural_clip
 from kit.command import Parser, run_command, whole
-from kit.evaluate import evaluate_dit, judge_cells, load_judge, reconstruct, unseen_prompts
+from kit.evaluate import judge_cells, load_judge, reconstruct, sample, unseen_prompts
 from kit.files import TINY, find_adapter, find_vae, read_section, replacing
-from kit.media import contact_sheet
+from kit.media import checkerboard, contact_sheet, over, premultiply, resize, unpremultiply
 from merge import load_rgba_vae
 from sampler import ellipse_mask, mean_for_grid
 from text import load_text_encoder
@@ -146,7 +147,7 @@ def draw_autoencoders(args) -> None:
 def draw_rows(args) -> None:
     """Three transformers of an ablation, two prompts, one seed."""
     rows = []
-    for prompt in unseen_prompts(2):
+    for prompt, _ in unseen_prompts(2):
         for name in ("dit-render-0", "dit-tabd-0", "dit-tabd"):
             run, latent = args.folder / name / str(args.seed), "vae-tabd" if "tabd" in name else "vae-render"
             vae_adapter = args.folder / latent / str(args.seed) / "Wan-Alpha-v2-VAE.safetensors"
@@ -157,21 +158,35 @@ def draw_rows(args) -> None:
 
 def draw_steps(args) -> None:
     """One prompt and noise in so many Euler steps."""
-    dora, vae_adapter, prompts = f"{args.base}/t2v.safetensors", find_adapter(args.base), unseen_prompts(3)
-    clips = [sampled(args.base, dora, vae_adapter, prompts, steps=steps) for steps in (1, 2, 4, 8, 20)]
+    dora, vae_adapter, prompts = f"{args.base}/t2v.safetensors", find_adapter(args.base), dict(unseen_prompts(3))
+    clips = [sampled(args.base, dora, vae_adapter, list(prompts), steps=steps) for steps in (1, 2, 4, 8, 20)]
     contact_sheet(args.out / "steps.png", [clip for of_prompt in zip(*clips) for clip in of_prompt])
 
 
+def draw_preview(args) -> None:
+    """The moving picture of the README: clips of assets/prompts.txt side by side, over their alpha."""
+    prompts = (Path(__file__).parents[1] / "assets/prompts.txt").read_text(encoding="utf-8").splitlines()
+    columns = []
+    for rgb, alpha in sampled(args.base, f"{args.base}/t2v.safetensors", find_adapter(args.base), prompts):
+        rgb, alpha = unpremultiply(resize(premultiply(rgb, alpha), (128, 128)))
+        grey = np.repeat(alpha[..., None], 3, -1)
+        columns.append(np.concatenate([over(rgb, alpha, checkerboard(128, 128, 16)), grey], 1))
+    first, *others = map(Image.fromarray, np.concatenate(columns, 2))
+    with replacing(args.out / "preview.webp") as temporary:
+        first.save(temporary, save_all=True, append_images=others, duration=83, loop=0, quality=85)
+
+
 def sampled(base, dora, vae_adapter, prompts, mean=None, **options) -> list:
-    """Clips of a base with these adapters, at the size and mu of its config.json (mean: another mu)."""
+    """Clips of prompts by a base with these adapters, at the size and mu of its config.json (mean: another mu)."""
     said = dict(size=[64, 64], frames=17, mean=0.05, shift=5.0) | read_section(base)
     dit, rgba = load_dit(base, [(str(dora), 1.0)]), load_rgba_vae(find_vae(base), vae_adapter)
-    mask = ellipse_mask(said["frames"], *said["size"][::-1])
+    masks = ellipse_mask(said["frames"], *said["size"][::-1]).expand(len(prompts), -1, -1, -1)
     mean = said["mean"] if mean is None else mean
-    return evaluate_dit(load_text_encoder(base), dit, rgba, prompts, mask, mean=mean, shift=said["shift"], **options)[0]
+    return sample(dit, rgba, load_text_encoder(base)(prompts), masks, mean, said["shift"], **options)
 
 
-PICTURES = dict(mean=draw_mean, cells=draw_cells, autoencoders=draw_autoencoders, rows=draw_rows, steps=draw_steps)
+PICTURES = dict(mean=draw_mean, cells=draw_cells, autoencoders=draw_autoencoders, rows=draw_rows, steps=draw_steps,
+                preview=draw_preview)
 
 
 def main(argv=None) -> None:

@@ -221,7 +221,9 @@ def print_scores(title: str, rows: list[dict]) -> None:
         if "psnr" in mean:
             least = low[name]
             print(f"  {name:<24}{mean['psnr']:13.2f}{least['psnr']:8.2f}{mean['ssim']:13.4f}{least['ssim']:8.4f}")
-    print("  matte:", ", ".join(f"{name} {value:.2f}" for name, value in means["matte"].items()))
+    for title in ("matte", "LPIPS"):
+        if title in means:
+            print(f"  {title}:", ", ".join(f"{name} {value:.3f}" for name, value in means[title].items()))
 
 
 def measure_clip(rgb, alpha, attributes: dict) -> dict:

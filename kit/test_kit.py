@@ -44,8 +44,8 @@ import train_dit
 import train_vae
 from dit import Block, DiTConfig, load_dit, open_dit, WAN_14B, WAN_1_3B, WanDiT
 from dora import adapter_state, add_dora, add_lora, load_adapter_state, merge_adapter
-from kit import (ablate, adapter, batches, bench, clips, curves, data, evaluate, memory, pictures, pretrain, result,
-                 run, scale, score)
+from kit import (ablate, adapter, batches, bench, clips, curves, data, evaluate, lpips, memory, pictures, pretrain,
+                 result, run, scale, score)
 from kit.clips import (BACKGROUNDS, caption_of, COLORS, draw_wording, held_out, MATERIALS, MOTIONS, procedural_clip,
                        SENTENCES, SHAPES)
 from kit.command import Parser, run_command
@@ -1057,6 +1057,29 @@ def test_matte_errors_and_measures_of_known_mistakes():
     red = np.minimum(clip.rgb.astype(int) + (60, 0, 0), 255).astype(np.uint8)
     blue = dict(clip.attributes, color="blue")
     assert score.measure_clip(red, clip.alpha, blue)["tint"] > score.measure_clip(clip.rgb, clip.alpha, blue)["tint"]
+
+
+def test_lpips_is_a_weighted_distance_of_unit_features(tmp_path):
+    sizes = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256), 14: (256, 256),
+             17: (512, 256), **dict.fromkeys((19, 21, 24, 26, 28), (512, 512))}
+    shapes = {f"features.{i}": shape for i, shape in sizes.items()}
+    vgg = {f"{name}.weight": 0.03 * named(name, (*shape, 3, 3)) for name, shape in shapes.items()}
+    vgg |= {f"{name}.bias": torch.zeros(shape[0]) for name, shape in shapes.items()}
+    linear = {f"lin{i}.model.1.weight": torch.full((1, n, 1, 1), 2.0) for i, n in enumerate((64, 128, 256, 512, 512))}
+    save_tensors(tmp_path / "vgg.safetensors", vgg | {"classifier.0.weight": torch.zeros(1)})
+    save_tensors(tmp_path / "lin.safetensors", linear)
+    distance = lpips.LPIPS(tmp_path / "vgg.safetensors", tmp_path / "lin.safetensors")
+    x, y = 2 * torch.rand(2, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
+    found = distance(x, y)
+    assert found.shape == (2,) and (found > 0.01).all() and (found < 20).all()     # five terms of at most 2 x 2
+    assert torch.equal(distance(x, x), torch.zeros(2)) and torch.allclose(found, distance(y, x))
+    first = F.relu(F.conv2d(x, vgg["features.0.weight"], padding=1))
+    first = F.relu(F.conv2d(first, vgg["features.2.weight"], padding=1))
+    assert torch.allclose(distance.features[0](x), first, atol=1e-5)
+    clip = one()
+    said = evaluate.perceptual_distances(distance, clip[:2], (clip.rgb, clip.alpha // 2))
+    assert said["alpha"] > 0 and said["soft render"] > 0
+    refuses(lambda: lpips.LPIPS(tmp_path / "lin.safetensors", tmp_path / "vgg.safetensors"), "vgg16-397923af.pth")
 
 
 def test_chance_is_what_wrong_attributes_pass():
