@@ -173,6 +173,12 @@ def ellipse_control(clips_of) -> dict:
                 distance=float(np.mean(distances)))
 
 
+def spread(clips) -> float:
+    """How far from each other the objects of clips stand: the deviation of their centres, in sides of the frame."""
+    places = np.array([centres(alpha).mean(0) for _, alpha in clips])
+    return float(np.sqrt(places.var(0).mean()))
+
+
 def correlation(a, b) -> float:
     """Pearson's; 0 where one of them does not vary."""
     return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
@@ -223,33 +229,41 @@ def run_dit(args) -> None:
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
     options = dict(mean=args.mean, shift=args.shift, seed=args.seed, device=args.device)
     evaluate = partial(evaluate_dit, load_text_encoder(args.base), dit, rgba, **options)
-    record, asked = dict(arguments=vars(args), scores={}, measures={}), [attributes for _, attributes in prompts]
+    record = dict(arguments=vars(args), scores={}, measures={})
 
-    def report(title, name, clips, rows, asked):
-        record["scores"][name], chance = shares_of(rows), chance_of(clips, asked)
-        record["measures"][name] = measured = mean_measures(clips, asked)
-        print(f"\n{title}, shift {args.shift}\n{score_table(rows, chance)}")
-        print(", ".join(f"{name} {value:.2f}" for name, value in measured.items() if value is not None))
+    def report(title, name, prompts, **options) -> tuple[list, list[dict]]:
+        clips, rows = evaluate(prompts, ellipse(), **options)
+        asked = [attributes for _, attributes in prompts]
+        record["scores"][name], record["measures"][name] = shares_of(rows), mean_measures(clips, asked)
+        print(f"\n{title}\n{score_table(rows, chance_of(clips, asked))}")
+        measured = record["measures"][name].items()
+        print(", ".join(f"{name} {value:.2f}" for name, value in measured if value is not None))
+        return clips, rows
 
     for steps in (*args.steps, 4):
-        clips, rows = evaluate(prompts, ellipse(), steps=steps)
-        report(f"{len(prompts)} unseen prompts, {steps} Euler steps, mean {args.mean}", str(steps), clips, rows, asked)
+        title = f"{len(prompts)} unseen prompts, {steps} Euler steps, shift {args.shift}, mean {args.mean}"
+        clips, rows = report(title, str(steps), prompts, steps=steps)
     print(score_by(rows, prompts, "shape", "shape"), score_by(rows, prompts, "shape", "motion"), sep="\n")
     contact_sheet(out / "eval.png", clips[:10])
     print("\neval.png shows, after 4 steps:", *(prompt for prompt, _ in prompts[:10]), sep="\n  ")
     record["clips"] = [dict(prompt=prompt, **row) for (prompt, _), row in zip(prompts, rows)]
     if not args.brief:
-        report("wordings that were never trained on", "wordings", *evaluate(unseen_wordings(prompts), ellipse()), asked)
-        report("without an ellipse, mean 0", "mean 0", *evaluate(prompts, ellipse(), mean=0.0), asked)
-        few = prompts[:20]
-        unmoved = [(caption_of(attributes | dict(motion=None), {}), attributes) for _, attributes in few]
-
-        def clips_of(keys, still=True):
-            return evaluate(few if still else unmoved, ellipse(keys))[0]
-        record["ellipse"] = ellipse_control(clips_of)
-        print("ellipse and object:", ", ".join(f"{name} {value:.3f}" for name, value in record["ellipse"].items()))
-        draw_ellipses(out / "ellipse.png", ellipse, lambda mask: evaluate(unmoved[:1], mask)[0])
+        report("wordings that were never trained on", "wordings", unseen_wordings(prompts))
+        free, _ = report("without an ellipse: mean 0", "mean 0", prompts, mean=0.0)
+        spreads = dict(spread=spread(clips), spread_without=spread(free))
+        record["ellipse"] = evaluate_control(evaluate, ellipse, prompts[:20], out / "ellipse.png") | spreads
+        print("\nellipse and object:", ", ".join(f"{name} {value:.3f}" for name, value in record["ellipse"].items()))
     save_json(out / "eval.json", record)
+
+
+def evaluate_control(evaluate, ellipse, prompts, picture: Path) -> dict:
+    """`ellipse_control` of a few prompts, and its picture. ellipse(keys) -> G."""
+    unmoved = [(caption_of(attributes | dict(motion=None), {}), attributes) for _, attributes in prompts]
+
+    def clips_of(keys, still=True):
+        return evaluate(prompts if still else unmoved, ellipse(keys))[0]
+    draw_ellipses(picture, ellipse, lambda mask: evaluate(unmoved[:1], mask)[0])
+    return ellipse_control(clips_of)
 
 
 def mean_measures(clips, asked) -> dict[str, float | None]:

@@ -5,6 +5,7 @@
     python -m kit.pictures autoencoders runs/ablations      # target and result of each autoencoder
     python -m kit.pictures rows runs/ablations              # no TABD, no shift; no shift; full: one prompt and seed
     python -m kit.pictures steps                            # one prompt and seed in 1, 2, 4, 8, 20 steps
+    python -m kit.pictures seeds                            # three prompts, four seeds each
     python -m kit.pictures preview                          # the README's
 
 Renders are drawn by `python losses.py`, ellipses by `python sampler.py`, prompts by `python -m kit.evaluate dit`.
@@ -163,6 +164,13 @@ def draw_steps(args) -> None:
     contact_sheet(args.out / "steps.png", [clip for of_prompt in zip(*clips) for clip in of_prompt])
 
 
+def draw_seeds(args) -> None:
+    """Three prompts, four seeds each, without an ellipse."""
+    dora, vae_adapter, prompts = f"{args.base}/t2v.safetensors", find_adapter(args.base), dict(unseen_prompts(3))
+    clips = [sampled(args.base, dora, vae_adapter, list(prompts), mean=0.0, seed=100 * seed) for seed in range(4)]
+    contact_sheet(args.out / "seeds.png", [clip for of_prompt in zip(*clips) for clip in of_prompt])
+
+
 def draw_preview(args) -> None:
     """The moving picture of the README: clips of assets/prompts.txt side by side, over their alpha."""
     prompts = (Path(__file__).parents[1] / "assets/prompts.txt").read_text(encoding="utf-8").splitlines()
@@ -186,7 +194,7 @@ def sampled(base, dora, vae_adapter, prompts, mean=None, **options) -> list:
 
 
 PICTURES = dict(mean=draw_mean, cells=draw_cells, autoencoders=draw_autoencoders, rows=draw_rows, steps=draw_steps,
-                preview=draw_preview)
+                seeds=draw_seeds, preview=draw_preview)
 
 
 def main(argv=None) -> None:
