@@ -212,7 +212,7 @@ def run_vae(args) -> None:
     for name, pair in zip(names, shown):
         for kind, one in zip(("target", "result"), pair):
             write_rgba(f"{(out / 'eval' / name).with_suffix('')}-{kind}.webp", *one)
-    contact_sheet(out / "eval.png", [one for pair in shown for one in pair])
+    contact_sheet(out / "eval.png", [one for pair in shown for one in pair], min(6, args.frames))
     if find_dit(args.base)[0].is_file():
         judge = load_judge(args.base, device=args.device)
         record["cells"] = cell_losses(rgba, **judge, clips=map(clip, range(len(names))), naive=args.naive)
