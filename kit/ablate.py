@@ -18,7 +18,7 @@ import numpy as np
 
 from kit import clips
 from kit.command import Parser, positive, run_command, whole
-from kit.files import TINY, read_json, save_json
+from kit.files import TINY, read_json, read_section, save_json
 
 ROOT = Path(__file__).parent.parent
 LOOP = "--muon --bf16 --warmup 50 --workers 1 --save-every 10000 --seed {seed} --device cpu --base {base} --out {run}"
@@ -149,9 +149,10 @@ def main(argv: list[str] | None = None) -> None:
     if not 2 <= len(args.seeds) <= max(T95):
         raise ValueError(f"--seeds wants 2 to {max(T95)} of them: an interval is estimated")
     out, base, rows = args.folder.resolve(), str(Path(args.base).resolve()), {}
-    for name, count in (("many", 1000), ("few", 200)):
+    frames = str(read_section(base).get("frames", 17))
+    for name, count in (("many", "1000"), ("few", "200")):
         if not (out / name / "metadata.jsonl").is_file():
-            clips.main([str(out / name), "--clips", str(count)])
+            clips.main([str(out / name), "--clips", count, "--frames", frames])
     for kind in COMMANDS:                       # the transformers' runs read what the autoencoders' have made
         runs = {name: [out / name / str(seed) for seed in args.seeds] for name in args.only if name.startswith(kind)}
         missing = [runs[name][i] for i in range(len(args.seeds)) for name in runs]
