@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from dit import load_dit
 from kit.clips import procedural_clip
 from kit.command import Parser, run_command, whole
+from kit.curves import draw_charts
 from kit.evaluate import judge_cells, load_judge, reconstruct, sample, unseen_prompts
 from kit.files import TINY, find_adapter, find_vae, read_section, replacing
 from kit.media import checkerboard, contact_sheet, over, premultiply, resize, unpremultiply
@@ -28,34 +29,7 @@ from merge import load_rgba_vae
 from sampler import ellipse_mask, mean_for_grid
 from text import load_text_encoder
 
-COLORS = ("firebrick", "steelblue", "darkorange", "seagreen", "dimgray")
-
-
-# ---- charts
-
-
-def draw_chart(path: Path, title: str, series: dict[str, list], width=560, height=300, steps=False) -> None:
-    """Lines through (x, y) points, one for each name; steps: as a histogram's outline."""
-    picture = Image.new("RGB", (width, height), "white")
-    draw, (left, top, right, bottom) = ImageDraw.Draw(picture), (60, 34, width - 20, height - 40)
-    xs, ys = (np.array([p[k] for points in series.values() for p in points], dtype=float) for k in (0, 1))
-    low, high = np.array([xs.min(), min(0, ys.min())]), np.array([xs.max(), ys.max()])
-
-    def place(point):
-        x, y = (np.array(point) - low) / np.maximum(high - low, 1e-9)
-        return left + x * (right - left), bottom - y * (bottom - top)
-    draw.rectangle((left, top, right, bottom), outline="silver")
-    draw.text((left, 10), title, "black")
-    for value, share in ((low, 0), ((low + high) / 2, 0.5), (high, 1)):
-        draw.text((left + share * (right - left) - 12, bottom + 6), f"{value[0]:.3g}", "dimgray")
-        draw.text((8, bottom - share * (bottom - top) - 6), f"{value[1]:.3g}", "dimgray")
-    for i, (name, points) in enumerate(series.items()):
-        if steps:
-            points = [(x, y) for (a, y), (b, _) in zip(points, points[1:] + points[-1:]) for x in (a, b)]
-        draw.line([place(point) for point in points], COLORS[i % len(COLORS)], 2)
-        draw.text((left + 12, top + 8 + 16 * i), name, COLORS[i % len(COLORS)])
-    with replacing(path) as temporary:
-        picture.save(temporary)
+# ---- pictures
 
 
 def heat(x, low, high):
@@ -97,10 +71,10 @@ def draw_mean(args) -> None:
     grids, means = {"5 x 8 x 8 cells": (5, 8, 8), "5 x 24 x 24 cells": (5, 24, 24)}, np.geomspace(0.02, 2, 15)
     found = {name: [(mean, told_from_noise(grid, mean)) for mean in means] for name, grid in grids.items()}
     lines = {name: [(np.log10(mean), value) for mean, value in points] for name, points in found.items()}
-    draw_chart(args.out / "mean.png", "correlation of the ellipse's x with what noise tells, over log10 mu", lines)
     ruled = {name: [(np.log10(mean * np.sqrt(np.prod(grids[name]))), value) for mean, value in points]
              for name, points in found.items()}
-    draw_chart(args.out / "mean-rule.png", "the same over log10 (mu sqrt(cells)): one curve", ruled)
+    draw_charts(args.out / "mean.png", {"correlation of the ellipse's x with what noise tells, over log10 mu": lines,
+                                        "over log10 (mu sqrt(cells))": ruled}, width=460, height=280)
     for name, (t, h, w) in grids.items():
         print(f"{name}: mu {mean_for_grid(4 * t - 3, 8 * h, 8 * w):.2f} by the rule;",
               ", ".join(f"{mean:.2f}: {value:.2f}" for mean, value in found[name][::2]))
@@ -110,8 +84,8 @@ def draw_mean(args) -> None:
 
 
 def draw_cells(args) -> None:
-    """For each adapter a row of alpha and error by cell for some unseen clips, and the histogram of the errors."""
-    judge, size, frames = load_judge(args.base), 64, 17
+    """For each adapter a sheet of alpha, mask and error by cell for some unseen clips, and histograms of the errors."""
+    judge, size, frames, panels = load_judge(args.base), 64, 17, {}
     clips = [procedural_clip(10 ** 9 + i, size, frames, "test", material="solid")[:2] for i in range(12)]
     for i, adapter in enumerate(args.adapters):
         rgba = load_rgba_vae(find_vae(args.base), adapter)
@@ -126,9 +100,9 @@ def draw_cells(args) -> None:
         edges = np.linspace(-3, 3, 40)
         counts = {f"{name} cells": np.histogram(errors[masks == sign].log(), edges, density=True)[0]
                   for name, sign in (("opaque", 1), ("transparent", -1))}
-        lines = {name: list(zip(edges[:-1], values)) for name, values in counts.items()}
-        title = f"log of the frozen transformer's error, {Path(adapter).parent}"
-        draw_chart(args.out / f"cells-{i}-histogram.png", title, lines, steps=True)
+        lines = {name: list(zip(edges[:-1].tolist(), values.tolist())) for name, values in counts.items()}
+        panels[f"log of the frozen transformer's error, {Path(adapter).parent.name}"] = lines
+    draw_charts(args.out / "cells.png", panels, width=460, height=280)
 
 
 def draw_autoencoders(args) -> None:
