@@ -2147,7 +2147,8 @@ def test_masks_are_of_whole_cells(tmp_path, size):
 @pytest.mark.parametrize("text, word", [
     *[(text, "neither") for text in ("", "0.5,0.5,0.4", "1,2,3,4,5,6", "clip.webm", "a" * 999)],
     ("0.5,0.5,0,0.4", "half axes"), ("0.5,0.5,nan,0.4", "finite"), ("0.5,0.5,1,1; 0.2,0.5,1,1", "rise"),
-    ("0:0.5,0.5,1,1; 2:0.5,0.5,1,1", "rise"), ("-1:0.5,0.5,1,1", "rise")])
+    ("0:0.5,0.5,1,1; 2:0.5,0.5,1,1", "rise"), ("-1:0.5,0.5,1,1", "rise"),
+    ("0.3,0.5,0.2,0.2 + 0.7,0.5,0.2,0.2", "one ellipse at a time")])
 def test_wrong_ellipses_get_one_sentence(text, word):
     refuses(lambda: load_mask(text, 17, 64, 96), word)
     refuses(lambda: ellipse_mask(17, 64, 96, [(0.5, 0.5, 0.4, 0.4)]), "half axes")
