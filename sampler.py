@@ -97,7 +97,7 @@ def mean_for_grid(frames: int, height: int, width: int, mean: float = 0.05) -> f
     """mu that is found as easily on the latent grid of such a clip as `mean` on the paper's, 21 x 60 x 104 cells.
 
     A shift of mu in n cells of unit noise stands out by mu sqrt(n): mu sqrt(n) = 0.05 sqrt(131 040), 1.0 for 320 cells.
-    Ours; `python sampler.py` draws it.
+    Ours; `python -m kit.pictures mean` draws why (test_mu_counts_as_much_on_any_grid).
     """
     cells = (frames + 3) // 4 * (height // 8) * (width // 8)
     return mean * math.sqrt(21 * 60 * 104 / cells)

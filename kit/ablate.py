@@ -23,15 +23,16 @@ from kit.files import TINY, read_json, read_section, save_json
 ROOT = Path(__file__).parent.parent
 LOOP = "--muon --bf16 --warmup 50 --workers 1 --save-every 10000 --seed {seed} --device cpu --base {base} --out {run}"
 COMMANDS = {                                    # a training, but for its loop, and its evaluation
-    "vae": ("train_vae.py {out}/many --unbled --perceptual 0 --rank 16 --lr 1e-3 --lora-plus 16 --size 64 "
+    "vae": ("train_vae.py {data} --unbled --perceptual 0 --rank 16 --lr 1e-3 --lora-plus 16 --size 64 "
             "--schedule 400:1:48:16,300:5:48:6",
             "-m kit.evaluate vae --unbled --clips 32 --device cpu --base {base} --out {run} "
             "--vae-adapter {run}/Wan-Alpha-v2-VAE.safetensors"),
-    "dit": ("train_dit.py {out}/many --cache {out}/cache --rank 24 --lr 2e-3 --lora-plus 4 --unweighted --steps 700 "
+    "dit": ("train_dit.py {data} --cache {out}/cache --rank 24 --lr 2e-3 --lora-plus 4 --unweighted --steps 700 "
             "--batch 16 --still-ellipse 0.5",
             "-m kit.evaluate dit --prompts 64 --seed {seed} --device cpu --base {base} --out {run} "
             "--dora {run}/t2v.safetensors --steps")}
-RENDER, TABD = ("--vae-adapter {out}/vae-%s/{seed}/Wan-Alpha-v2-VAE.safetensors" % name for name in ("render", "tabd"))
+RENDER = "--vae-adapter {out}/vae-render/{seed}/Wan-Alpha-v2-VAE.safetensors"
+TABD = "--vae-adapter {out}/vae-tabd/{seed}/Wan-Alpha-v2-VAE.safetensors"
 RUNS = {                                        # flags of both, of the training, of the evaluation
     "vae-naive": ("--naive", "--tabd 0", ""),
     "vae-render": ("", "--tabd 0", ""),
@@ -43,11 +44,11 @@ RUNS = {                                        # flags of both, of the training
     "dit-render": (RENDER, "", ""),
     "dit-tabd-0": (f"{TABD} --mean 0", "", ""),
     "dit-tabd": (TABD, "", "1 2 8 20"),         # steps of the sampler, beside 4
-    "dit-many-dora": ("", "", ""),
-    "dit-many-lora": ("", "--lora --rank 25", ""),                        # as many numbers as DoRA of rank 24
-    "dit-few-dora": ("", "{out}/few", ""),
-    "dit-few-lora": ("", "{out}/few --lora --rank 25", ""),
-    **{f"dit-mean-{mean}": (f"--mean {mean}", "", "") for mean in (0.05, 0.25, 0.5, 2)}}
+    "dit-lora": (TABD, "--lora --rank 25", ""),                           # 2 % more numbers than DoRA of rank 24
+    "dit-few-dora": (TABD, "", ""),             # of fewer clips
+    "dit-few-lora": (TABD, "--lora --rank 25", ""),
+    **{f"dit-mean-{mean}": (f"{TABD} --mean {mean}", "", "") for mean in (0.05, 0.25, 0.5, 2)}}
+CLIPS = dict(many=1000, few=200)                # of each data set
 Claim = namedtuple("Claim", "text run against number sign paper")
 CLAIMS = (
     Claim("renders: colour", "vae-render", "vae-naive", "soft render: psnr", 1, "+0.76 dB"),
@@ -61,16 +62,18 @@ CLAIMS = (
     Claim("mean shift: corners", "dit-tabd", "dit-tabd-0", "corners", 1, "clean with it"),
     Claim("mean shift: control in x", "dit-tabd", "dit-tabd-0", "ellipse x", 1, "G moves the object"),
     Claim("mean shift: control of size", "dit-tabd", "dit-tabd-0", "ellipse size", 1, "G shapes the object"),
-    Claim("DoRA against LoRA, many clips: shape", "dit-many-dora", "dit-many-lora", "shape", 1, "better quality"),
+    Claim("DoRA against LoRA, many clips: shape", "dit-tabd", "dit-lora", "shape", 1, "better quality"),
     Claim("DoRA against LoRA, few clips: shape", "dit-few-dora", "dit-few-lora", "shape", 1, "better quality"),
     Claim("DoRA against LoRA, few clips: error", "dit-few-dora", "dit-few-lora", "error", -1, "better quality"),
-    Claim("mu of 2: tint", "dit-mean-2", "dit-many-dora", "tint", 1, "mu 0.5 tints red"))
+    Claim("mu of 2: tint", "dit-mean-2", "dit-tabd", "tint", 1, "mu 0.5 tints red"))
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}    # Student's t, two-sided, of n pairs
 
 
 def words_of(line: str, run: Path, base: str) -> list[str]:
-    """A command's words; of a flag or folder that is given twice argparse takes the last."""
-    return [word.format(run=run, out=run.parents[1], seed=run.name, base=base) for word in line.split()]
+    """A command's words; of a flag that is given twice argparse takes the last."""
+    out, name, seed = run.parents[1], run.parent.name, run.name
+    data = out / ("few" if "-few-" in name else "many")
+    return [word.format(run=run, out=out, seed=seed, base=base, data=data) for word in line.split()]
 
 
 def make(run: Path, base: str) -> None:
@@ -78,8 +81,6 @@ def make(run: Path, base: str) -> None:
     shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True)
     (train, score), (both, training, evaluation) = COMMANDS[run.parent.name[:3]], RUNS[run.parent.name]
-    if training.startswith("{out}"):            # other data
-        train, training = re.sub(r"\{out\}/many", training.split()[0], train), training.partition(" ")[2]
     with open(run.with_suffix(".log"), "w") as log:
         for line in (f"{train} {LOOP} {training} {both}", f"{score} {evaluation} {both}"):
             command = [sys.executable, *words_of(line, run, base)]
@@ -150,9 +151,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--seeds wants 2 to {max(T95)} of them: an interval is estimated")
     out, base, rows = args.folder.resolve(), str(Path(args.base).resolve()), {}
     frames = str(read_section(base).get("frames", 17))
-    for name, count in (("many", "1000"), ("few", "200")):
+    for name, count in CLIPS.items():
         if not (out / name / "metadata.jsonl").is_file():
-            clips.main([str(out / name), "--clips", count, "--frames", frames])
+            clips.main([str(out / name), "--clips", str(count), "--frames", frames])
     for kind in COMMANDS:                       # the transformers' runs read what the autoencoders' have made
         runs = {name: [out / name / str(seed) for seed in args.seeds] for name in args.only if name.startswith(kind)}
         missing = [runs[name][i] for i in range(len(args.seeds)) for name in runs]
