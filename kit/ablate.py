@@ -44,9 +44,9 @@ RUNS = {                                        # flags of both, of the training
     "dit-render": (RENDER, "", ""),
     "dit-tabd-0": (f"{TABD} --mean 0", "", ""),
     "dit-tabd": (TABD, "", "1 2 8 20"),         # steps of the sampler, beside 4
-    "dit-lora": (TABD, "--lora --rank 25", ""),                           # 2 % more numbers than DoRA of rank 24
-    "dit-few-dora": (TABD, "", ""),             # of fewer clips
-    "dit-few-lora": (TABD, "--lora --rank 25", ""),
+    "dit-lora": (TABD, "--lora --rank 25", "--brief"),                    # 2 % more numbers than DoRA of rank 24
+    "dit-few-dora": (TABD, "", "--brief"),      # of fewer clips
+    "dit-few-lora": (TABD, "--lora --rank 25", "--brief"),
     **{f"dit-mean-{mean}": (f"{TABD} --mean {mean}", "", "") for mean in (0.05, 0.25, 0.5, 2)}}
 CLIPS = dict(many=1000, few=200)                # of each data set
 Claim = namedtuple("Claim", "text run against number sign paper")
@@ -98,7 +98,7 @@ def numbers(run: Path, steps: str = "4") -> dict[str, float]:
     if "diverged" in said:
         return {}
     if "scores" in said:
-        ellipse = {f"ellipse {name}": value for name, value in said["ellipse"].items()}
+        ellipse = {f"ellipse {name}": value for name, value in said.get("ellipse", {}).items()}
         error = dict(error=read_json(run / "dit-rgba/summary.json")["held_out_mse"])
         return said["scores"][steps] | said["measures"][steps] | ellipse | error
     means = said["unseen clips"]["mean"].items()
@@ -107,10 +107,11 @@ def numbers(run: Path, steps: str = "4") -> dict[str, float]:
 
 def show(rows: dict[str, list[dict]], seeds: int) -> None:
     """A table of the mean and the deviation over the seeds."""
-    titles = list(next(run for runs in rows.values() for run in runs if run))
+    found = [run for runs in rows.values() for run in runs if run]
+    titles = [title for title in max(found, key=len, default={}) if all(run.get(title) is not None for run in found)]
     print("\n| run |", " | ".join(titles), "|\n" + "|---" * (len(titles) + 1) + "|")
     for name, runs in rows.items():
-        whole_runs = [list(run.values()) for run in runs if run]
+        whole_runs = [[run[title] for title in titles] for run in runs if run]
         if len(whole_runs) < 2:
             print(f"| {name} | diverged {seeds - len(whole_runs)} of {seeds} |")
             continue

@@ -22,7 +22,7 @@ from kit.command import Parser, check_device, clip_frames, number, pixels, posit
 from kit.data import RGBADataset
 from kit.files import TINY, find_adapter, find_dit, find_vae, read_checkpoint, read_section, save_json
 from kit.lpips import LPIPS
-from kit.media import bleed, contact_sheet, to_clip, to_video, write_rgba
+from kit.media import bleed, checkerboard, contact_sheet, over, tile, to_clip, to_video, write_rgba
 from kit.score import (chance_of, compare_clips, mean_scores, measure_clip, print_scores, score_by, score_clip,
                        score_table, shares_of)
 from losses import PALETTE, as_grey, soft_render, tabd_mask
@@ -274,17 +274,20 @@ def mean_measures(clips, asked) -> dict[str, float | None]:
 
 
 def draw_ellipses(path: Path, ellipse, clips_of) -> None:
-    """G and under it the clip that it makes of one prompt and noise: at five places, in two sizes, moving, and not."""
+    """G, the clip that it makes of one prompt and noise, its alpha, three frames each: at four places, in two sizes,
+    moving."""
     keys = [[(0, x, y, r, r, 0)] for x, y, r in ((0.3, 0.3, 0.2), (0.7, 0.3, 0.2), (0.3, 0.7, 0.2), (0.7, 0.7, 0.2),
                                                  (0.5, 0.5, 0.16), (0.5, 0.5, 0.36))]
     keys.append([(0, 0.25, 0.25, 0.2, 0.2, 0), (1, 0.75, 0.75, 0.2, 0.2, 0)])
     rows = []
-    for mask in [ellipse(key) for key in keys] + [torch.ones_like(ellipse())]:
-        clip, = clips_of(mask)
-        frames = mask[np.r_[0, 1 + np.arange(len(clip[1]) - 1) // 4]].repeat_interleave(8, 1).repeat_interleave(8, 2)
-        grey = (255 * frames).round().byte().numpy()
-        rows += [(np.repeat(grey[..., None], 3, -1), grey), clip]
-    contact_sheet(path, rows)
+    for mask in map(ellipse, keys):
+        (rgb, alpha), = clips_of(mask)
+        shown = np.linspace(0, len(alpha) - 1, 3).round().astype(int)
+        cells = mask[(shown + 3) // 4].repeat_interleave(8, 1).repeat_interleave(8, 2)
+        greys = np.stack([(255 * cells).round().byte().numpy(), alpha[shown]])
+        drawn, matte = np.repeat(greys[..., None], 3, -1)
+        rows.append(np.concatenate([drawn, over(rgb[shown], alpha[shown], checkerboard(*alpha.shape[1:])), matte]))
+    tile(path, rows)
 
 
 def parse_args(argv=None):

@@ -120,8 +120,8 @@ def encode_video(path, frames, fps):
         frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     h, w = frames.shape[1:3]
     command = (f"-y -v quiet -f rawvideo -pix_fmt rgba -s {w}x{h} -r {fps} -i - -c:v {ENCODERS[path.suffix.lower()]} "
-               "-vf scale=out_color_matrix=bt709:out_range=tv -colorspace bt709 -color_primaries bt709 "
-               "-color_trc bt709 -color_range tv -fflags +bitexact")
+               "-vf scale=out_color_matrix=bt709:out_range=tv,"
+               "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709 -fflags +bitexact")
     done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *command.split(), path], input=frames.ravel().data)
     if done.returncode:
         raise OSError(f"cannot write a {path.suffix} of {w} x {h} pixels to {path.parent}; is the folder writable?")
@@ -293,5 +293,11 @@ def contact_sheet(path, rows, columns=6, scale=2) -> None:
         pick = np.linspace(0, len(rgb) - 1, min(columns, len(rgb))).round().astype(int)
         row[0, :len(pick)] = over(rgb[pick], alpha[pick], checkerboard(*alpha.shape[1:]))
         row[1, :len(pick)] = alpha[pick, ..., None]
+    tile(path, rearrange(sheet, "r s t h w c -> r (s t) h w c"), scale)
+
+
+def tile(path, rows, scale=2) -> None:
+    """A row of pictures for each of rows, uint8 (n, h, w, 3), the same n, h, w."""
     with replacing(path) as temporary:
-        Image.fromarray(repeat(sheet, "r s t h w c -> (r h i) (s t w j) c", i=scale, j=scale)).save(temporary)
+        sheet = repeat(np.stack(rows), "r n h w c -> (r h i) (n w j) c", i=scale, j=scale)
+        Image.fromarray(sheet).save(temporary)

@@ -100,8 +100,7 @@ MUTANTS = [     # file, text that stands there once, what it becomes, the test t
 def plant(folder: Path, file: str, text: str, replacement: str) -> None:
     source = (folder / file).read_text()
     if source.count(text) != 1:
-
-            raise ValueError(f"{file} holds {text!r} {source.count(text)} times; a bug's text must stand there once")
+        raise ValueError(f"{file} holds {text!r} {source.count(text)} times; a bug's text must stand there once")
     (folder / file).write_text(source.replace(text, replacement))
 
 
@@ -117,9 +116,8 @@ def killer(folder: Path, *flags: str) -> str | None:
 def try_one(mutant: tuple) -> str | None:
     file, text, replacement, expected = mutant
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "copy"
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "out", "runs", "data",
-     "__pycache__"))
+        folder, others = Path(name) / "copy", (".git", ".venv", "out", "runs", "data", "__pycache__")
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*others))
         plant(folder, file, text, replacement)
         return killer(folder, "-k", expected) or killer(folder)
 

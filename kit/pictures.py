@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 
 from dit import load_dit
@@ -24,7 +23,7 @@ from kit.command import Parser, run_command, whole
 from kit.curves import draw_charts
 from kit.evaluate import judge_cells, load_judge, reconstruct, sample, unseen_prompts
 from kit.files import TINY, find_adapter, find_vae, read_section, replacing
-from kit.media import checkerboard, contact_sheet, over, premultiply, resize, unpremultiply
+from kit.media import checkerboard, contact_sheet, over, premultiply, resize, tile, unpremultiply
 from merge import load_rgba_vae
 from sampler import ellipse_mask, mean_for_grid
 from text import load_text_encoder
@@ -38,13 +37,6 @@ def heat(x, low, high):
     stops = np.array([[20, 20, 70], [190, 40, 60], [255, 235, 90]], dtype=float)
     lower, upper = stops[0] + 2 * share * (stops[1] - stops[0]), stops[1] + (2 * share - 1) * (stops[2] - stops[1])
     return np.where(share < 0.5, lower, upper).astype(np.uint8)
-
-
-def tile(path: Path, rows: list, scale=2) -> None:
-    """A row of pictures for each of rows, uint8 (n, h, w, 3), the same n, h, w."""
-    sheet = rearrange(np.stack(rows), "r n h w c -> (r h) (n w) c").repeat(scale, 0).repeat(scale, 1)
-    with replacing(path) as temporary:
-        Image.fromarray(sheet).save(temporary)
 
 
 # ---- the mean shift
@@ -84,25 +76,29 @@ def draw_mean(args) -> None:
 
 
 def draw_cells(args) -> None:
-    """For each adapter a sheet of alpha, mask and error by cell for some unseen clips, and histograms of the errors."""
-    judge, size, frames, panels = load_judge(args.base), 64, 17, {}
-    clips = [procedural_clip(10 ** 9 + i, size, frames, "test", material="solid")[:2] for i in range(12)]
-    for i, adapter in enumerate(args.adapters):
+    """Of a few unseen clips alpha, mask, and the errors by cell of each adapter; histograms of these."""
+    judge, frames, panels = load_judge(args.base), 17, {}
+    clips = [procedural_clip(10 ** 9 + i, 64, frames, "test", material="solid")[:2] for i in range(12)]
+    maps = {}
+    for adapter in args.adapters:
         rgba = load_rgba_vae(find_vae(args.base), adapter)
         cells = [judge_cells(rgba, clip, k, **judge) for k, clip in enumerate(clips)]
         errors, masks = (torch.stack(x) for x in zip(*cells))
-        rows = []
-        for (_, alpha), error, mask in list(zip(clips, errors, masks))[:4]:
-            latent = np.r_[0, 1 + np.arange(frames - 1) // 4]
-            large = [np.kron(x.numpy()[latent], np.ones((1, 8, 8))) for x in (mask, error.log())]
-            rows += [np.repeat(alpha[..., None], 3, -1), heat(large[0], -1, 1), heat(large[1], -2.5, 2.5)]
-        tile(args.out / f"cells-{i}.png", [row[::4] for row in rows])
-        edges = np.linspace(-3, 3, 40)
-        counts = {f"{name} cells": np.histogram(errors[masks == sign].log(), edges, density=True)[0]
+        maps[adapter] = errors.log()
+        edges = np.linspace(-1, 3, 33)
+        counts = {f"{name} cells": np.histogram(maps[adapter][masks == sign], edges, density=True)[0]
                   for name, sign in (("opaque", 1), ("transparent", -1))}
         lines = {name: list(zip(edges[:-1].tolist(), values.tolist())) for name, values in counts.items()}
         panels[f"log of the frozen transformer's error, {Path(adapter).parent.name}"] = lines
     draw_charts(args.out / "cells.png", panels, width=460, height=280)
+
+    def large(x):
+        return np.kron(x.numpy()[np.r_[0, 1 + np.arange(frames - 1) // 4]], np.ones((1, 8, 8)))[::4]
+    rows = []
+    for i in range(2):
+        rows += [np.repeat(clips[i][1][::4, ..., None], 3, -1), heat(large(masks[i]), -1, 1)]
+        rows += [heat(large(errors[i]), -1, 2.5) for errors in maps.values()]
+    tile(args.out / "cells-map.png", rows)
 
 
 def draw_autoencoders(args) -> None:

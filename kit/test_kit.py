@@ -1092,7 +1092,7 @@ def test_chance_is_what_wrong_attributes_pass():
 
 def test_pictures_are_drawn(tmp_path, capsys):
     pictures.main(f"cells {base()}/Wan-Alpha-v2-VAE.safetensors --base {base()} --out {tmp_path}".split())
-    assert {file.name for file in tmp_path.iterdir()} == {"cells-0.png", "cells.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {"cells-map.png", "cells.png"}
     curves.draw_charts(tmp_path / "chart.png", {"a": dict(one=[(0, 1), (1, 2)], two=[(0, 0), (1, 1)])})
     shown = np.asarray(Image.open(tmp_path / "chart.png")).reshape(-1, 3)
     assert all((shown == color).all(1).sum() > 300 for color in curves.COLORS[:2])
@@ -1923,6 +1923,13 @@ def test_a_cached_context_depends_on_the_length_that_prompts_are_cut_to(tmp_path
         found.append([len(load_file(file)["context"]) for file in files])
         assert not dataset.kept
     assert min(found[0]) > 5 and max(found[1]) == 5
+
+
+def test_tests_that_a_docstring_names_exist():
+    sources = [file.read_text() for file in [*ROOT.glob("*.py"), *ROOT.glob("kit/*.py")]]
+    defined = {name for source in sources for name in re.findall(r"def (test_\w+)", source)}
+    named_somewhere = {name for source in sources for name in re.findall(r"\(?(test_\w+)[,;): ]", source)}
+    assert named_somewhere - defined <= {"test_all", "test_kit"}
 
 
 # ---- curves
