@@ -433,6 +433,38 @@ def test_videos_return_alpha_and_straight_colour(tmp_path, name):
     assert np.abs(rgb[half].astype(float) - clip.rgb[half]).mean() < 12
 
 
+def screenshot(page, width, height):
+    """What headless Chromium shows of a page on disk: uint8 (height, width, 3)."""
+    flags = "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=4000"
+    command = [shutil.which("chromium"), *flags.split(), f"--window-size={width},{height}",
+               f"--screenshot={page.with_suffix('.shot.png')}", page.as_uri()]
+    subprocess.run(command, capture_output=True, timeout=100, check=True)
+    return np.asarray(Image.open(page.with_suffix(".shot.png")).convert("RGB"))
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not on PATH")
+def test_a_browser_shows_the_colours_and_the_alpha_of_the_frames(tmp_path):
+    clip, colors = procedural_clip(2, frames=5, two=0, material="glass", color="red"), ("#f00", "#0f0", "#00f")
+    opaque = over(clip.rgb, clip.alpha, [226] * 3)
+    for name, pair in {"a.webm": clip[:2], "frames": clip[:2], "b.mp4": (opaque,)}.items():
+        write_rgba(tmp_path / name, *pair)
+    shown = '<video muted preload=auto src=a.webm></video><img src=frames/0000.png><video muted src=b.mp4></video>'
+    rows = [f'<div style="background:{color};height:64px;font-size:0">{shown}</div>' for color in colors]
+    (tmp_path / "page.html").write_text(f'<body style="margin:0">{"".join(rows)}')
+    seen = screenshot(tmp_path / "page.html", 400, 300)[:192, :192].reshape(3, 64, 3, 64, 3).swapaxes(1, 2) / 1.0
+    for k, (webm, png, mp4) in enumerate(seen):
+        expected = over(clip.rgb[:1], clip.alpha[:1], 255 * np.eye(3)[k])[0]
+        assert np.abs(png - expected).max() <= 1 and np.abs(webm - expected).mean() <= 1
+        assert np.abs(mp4 - opaque[0]).mean() <= 3
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mov", "webm"])
+def test_videos_carry_all_four_colour_tags(ending, tmp_path):
+    write_rgba(tmp_path / f"a.{ending}", np.full((5, 32, 32, 3), (200, 40, 40), np.uint8))
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", "-i", tmp_path / f"a.{ending}"]
+    assert "(tv, bt709, progressive)" in subprocess.run(command, capture_output=True, text=True).stderr
+
+
 def test_media_of_every_mode_rate_and_size_are_read(tmp_path):
     x = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(x.astype(np.uint16) * 257).save(tmp_path / "deep.png")
