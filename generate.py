@@ -44,6 +44,7 @@ from kit.media import MEDIA, read_rgba, write_rgba
 from kit.memory import check_memory, choose_chunk, latent_size
 from kit.result import check_names, check_out, folder_name, hash_weights, media, result_folder, save_record, told
 from kit.scale import check_ways, load_scaled
+from kit.view import is_free, write_page
 from merge import RGBAVAE, load_rgba_vae
 from sampler import euler, guide, load_mask, mask_from_alpha, shift_noise, shifted_sigmas, unipc
 from text import clean_prompt, load_text_encoder
@@ -177,7 +178,7 @@ def to_bytes(pieces: Iterable[Tensor]) -> np.ndarray:
 
 def finish(args: argparse.Namespace, latents: list[Tensor], stages: dict) -> Iterator[Path]:
     """Decodes and writes clip by clip. Meanwhile the files of the models are hashed, which can take a minute."""
-    vae = None
+    vae, done = None, []
     with ThreadPoolExecutor() as background:
         weights = background.submit(hash_weights, args)
         for (prompt, seed), z in zip(args.clips, latents):
@@ -196,7 +197,11 @@ def finish(args: argparse.Namespace, latents: list[Tensor], stages: dict) -> Ite
                     for job in tqdm(jobs, "writing"):
                         job.result()
                 save_record(folder / "run.json", args, prompt, seed, stages, weights.result())
+                write_page(folder / "index.html", [folder])
+            done.append(final)
             yield final
+    if len(done) > 1 and is_free(args.out / "index.html"):
+        write_page(args.out / "index.html", done)
 
 
 # ---- what is asked for
@@ -335,7 +340,8 @@ def make_parser() -> Parser:
     parser = Parser(prog="generate.py", description="Write transparent clips from text prompts.", epilog="""
         Numbers in (parentheses) are Wan's; section "generate" of the base folder's config.json goes before them.
         Files go to OUT/WORDS-OF-THE-PROMPT-SEED: rgba.webm, rgba.mov and frames/0000.png ... with straight alpha,
-        preview.mp4 and preview.webp over a checkerboard, rgb.mp4, alpha.mp4, and run.json, which says how. Where --base
+        preview.mp4 and preview.webp over a checkerboard, rgb.mp4, alpha.mp4, run.json, which says how, and index.html
+        to look at it all; several clips get one more, side by side, in OUT. Where --base
         is Wan2.2's, with high_noise_model and low_noise_model, a flag of one or two values takes them in this order.
         Many GPUs: torchrun --nproc_per_node=N generate.py PROMPT ...""")
     finite, devices, dtypes = number(-1e6, 1e6), ("cuda", "cpu"), ("bfloat16", "float32")

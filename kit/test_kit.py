@@ -3,7 +3,9 @@
 `official` holds what the official code (commit 5804410) returned for small models, whose weights `named` rebuilds from
 their names.
 """
+import base64
 import errno
+import io
 import json
 import math
 import multiprocessing
@@ -45,7 +47,7 @@ import train_vae
 from dit import Block, DiTConfig, load_dit, open_dit, WAN_14B, WAN_1_3B, WanDiT
 from dora import adapter_state, add_dora, add_lora, load_adapter_state, merge_adapter
 from kit import (ablate, adapter, batches, bench, clips, curves, data, evaluate, lpips, memory, pictures, pretrain,
-                 result, run, scale, score)
+                 result, run, scale, score, view)
 from kit.clips import (BACKGROUNDS, caption_of, COLORS, draw_wording, held_out, MATERIALS, MOTIONS, procedural_clip,
                        SENTENCES, SHAPES)
 from kit.command import Parser, run_command
@@ -433,13 +435,62 @@ def test_videos_return_alpha_and_straight_colour(tmp_path, name):
     assert np.abs(rgb[half].astype(float) - clip.rgb[half]).mean() < 12
 
 
-def screenshot(page, width, height):
-    """What headless Chromium shows of a page on disk: uint8 (height, width, 3)."""
-    flags = "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --virtual-time-budget=4000"
-    command = [shutil.which("chromium"), *flags.split(), f"--window-size={width},{height}",
-               f"--screenshot={page.with_suffix('.shot.png')}", page.as_uri()]
-    subprocess.run(command, capture_output=True, timeout=100, check=True)
-    return np.asarray(Image.open(page.with_suffix(".shot.png")).convert("RGB"))
+class Browser:
+    """A page in headless Chromium, spoken to through two pipes in its own protocol: JSON, each message ended by 0."""
+
+    def __init__(self, page, width=800, height=600):
+        (read, self.asks), (self.hears, write) = os.pipe(), os.pipe()
+        flags = f"--headless=new --no-sandbox --disable-gpu --hide-scrollbars --window-size={width},{height}"
+        command = f"exec chromium {flags} --user-data-dir={page}.profile --remote-debugging-pipe 3<&{read} 4>&{write}"
+        self.process = subprocess.Popen(["bash", "-c", command], stderr=subprocess.DEVNULL, pass_fds=(read, write))
+        os.close(read), os.close(write)
+        self.number, self.left, self.session = count(1), b"", {}
+        target = self.ask("Target.createTarget", url=page.as_uri())["targetId"]
+        self.session = dict(sessionId=self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+        while self.run("location.href + document.readyState") != page.as_uri() + "complete":
+            time.sleep(0.02)
+
+    def ask(self, method, **params):
+        number = next(self.number)
+        os.write(self.asks, json.dumps(dict(id=number, method=method, params=params) | self.session).encode() + b"\0")
+        while True:
+            while b"\0" not in self.left:
+                self.left += os.read(self.hears, 1 << 20)
+            said, _, self.left = self.left.partition(b"\0")
+            answer = json.loads(said)
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def run(self, expression):
+        """Its value; of a promise what it promises."""
+        answer = self.ask("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def click(self, words):
+        """With the mouse, in the middle of the button that has these words."""
+        place = f"[...document.querySelectorAll('button')].find(b => b.textContent == {words!r}).getBoundingClientRect()"
+        box = self.run(f"JSON.parse(JSON.stringify({place}))")
+        for kind in ("mousePressed", "mouseReleased"):
+            self.ask("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1,
+                     x=box["x"] + box["width"] / 2, y=box["y"] + box["height"] / 2)
+
+    def see(self):
+        """What it shows: uint8 (h, w, 3)."""
+        shown = base64.b64decode(self.ask("Page.captureScreenshot")["data"])
+        return np.asarray(Image.open(io.BytesIO(shown)).convert("RGB"))
+
+
+@contextmanager
+def browser(page, *size):
+    opened = Browser(page, *size)
+    try:
+        yield opened
+    finally:
+        opened.process.kill()
+        opened.process.wait()
+        os.close(opened.asks), os.close(opened.hears)
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not on PATH")
@@ -451,11 +502,55 @@ def test_a_browser_shows_the_colours_and_the_alpha_of_the_frames(tmp_path):
     shown = '<video muted preload=auto src=a.webm></video><img src=frames/0000.png><video muted src=b.mp4></video>'
     rows = [f'<div style="background:{color};height:64px;font-size:0">{shown}</div>' for color in colors]
     (tmp_path / "page.html").write_text(f'<body style="margin:0">{"".join(rows)}')
-    seen = screenshot(tmp_path / "page.html", 400, 300)[:192, :192].reshape(3, 64, 3, 64, 3).swapaxes(1, 2) / 1.0
+    with browser(tmp_path / "page.html") as page:
+        page.run("Promise.all([...document.querySelectorAll('video')].map(v => v.readyState > 1 || "
+                 "new Promise(done => v.onloadeddata = done)))")
+        seen = page.see()[:192, :192].reshape(3, 64, 3, 64, 3).swapaxes(1, 2) / 1.0
     for k, (webm, png, mp4) in enumerate(seen):
         expected = over(clip.rgb[:1], clip.alpha[:1], 255 * np.eye(3)[k])[0]
         assert np.abs(png - expected).max() <= 1 and np.abs(webm - expected).mean() <= 1
         assert np.abs(mp4 - opaque[0]).mean() <= 3
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not on PATH")
+def test_a_page_of_clips_draws_as_we_do_and_obeys_its_buttons(tmp_path):
+    asked = dict(prompt="</script> a star", size=[64, 64], frames=5, fps=8, steps=4, mean=1, mask="0.25,0.5,0.2,0.1")
+    shown = [procedural_clip(i, frames=5, two=0, material="glass") for i in (2, 3)]
+    for name, clip in zip("ab", shown):
+        write_rgba(tmp_path / name / "frames", *clip[:2])
+        save_json(tmp_path / name / "run.json", dict(arguments=asked, seed=1, stages=dict(text=dict(seconds=0.5))))
+    view.main([str(tmp_path / "a"), str(tmp_path / "b"), "--page", str(tmp_path / "index.html")])
+    with browser(tmp_path / "index.html", 1300, 700) as page:
+        page.run("Promise.all(clips.flatMap(clip => clip.images.map(image => image.decode())))")
+        page.click("pause")
+        page.run("$('zoom').value = 1, state.frame = 0, draw()")
+        words = page.run("document.querySelector('main').textContent")
+        assert "</script> a star" in words and "seed 1" in words and "0.5 s" in words
+
+        def canvases():
+            boxes = page.run("clips.map(clip => { const b = clip.canvas.getBoundingClientRect(); return [b.x, b.y] })")
+            return [page.see()[round(y):round(y) + 64, round(x):round(x) + 64].astype(int) for x, y in boxes]
+        for button, behind in ("black", 0), ("white", 255), ("checker", checkerboard(64, 64)):
+            page.click(button)
+            for seen, clip in zip(canvases(), shown):
+                assert np.abs(seen - over(clip.rgb[:1], clip.alpha[:1], behind)[0]).max() <= 2, button
+        page.click("\u203a")
+        page.click("alpha")
+        for seen, clip in zip(canvases(), shown):
+            assert np.abs(seen - grey(clip.alpha[1])).max() <= 1
+        page.run("$('gain').value = 2, draw()")
+        assert np.abs(canvases()[0] - np.minimum(2 * grey(shown[0].alpha[1]).astype(int), 255)).max() <= 2
+        page.click("colour")
+        for seen, clip in zip(canvases(), shown):
+            assert np.abs(seen - clip.rgb[1])[clip.alpha[1] > 40].max() <= 8
+        page.click("alpha")
+        page.run("$('ellipse').checked = true, draw()")
+        y, x = np.nonzero((canvases()[0][..., 1] < 60) & (canvases()[0][..., 0] > 120))
+        assert abs(x.mean() - 16) < 1.5 and abs(y.mean() - 32) < 1.5 and np.ptp(x) > 1.5 * np.ptp(y)
+    (tmp_path / "a/index.html").write_text("mine")
+    refuses(lambda: view.main([str(tmp_path / "a")]), "index.html", "--page")
+    (tmp_path / "b/run.json").write_text("{}")
+    refuses(lambda: view.main([str(tmp_path / "b")]), "no clip of generate.py")
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mov", "webm"])
@@ -1192,7 +1287,8 @@ def test_wrong_arguments_of_an_evaluation(argv, word):
 
 # ---- generate.py
 
-CLIP_FILES = ("rgba.webm", "rgba.mov", "frames", "preview.mp4", "preview.webp", "rgb.mp4", "alpha.mp4", "run.json")
+CLIP_FILES = ("rgba.webm", "rgba.mov", "frames", "preview.mp4", "preview.webp", "rgb.mp4", "alpha.mp4", "run.json",
+              "index.html")
 SHORT = "--frames 1 --size 16x16 --steps 1".split()
 HALF, LESS = "--dtype bfloat16", "--offload --fp8"
 command = command_of(generate)
@@ -1222,7 +1318,7 @@ def clip():
 def test_generate_writes_every_file_and_keeps_alpha_and_a_record():
     assert clip().name == "a-red-glass-ball-3" and [*clip().parent.iterdir()] == [clip()]
     assert sorted(path.name for path in clip().iterdir()) == sorted(CLIP_FILES)
-    read = {name: read_rgba(clip() / name) for name in CLIP_FILES[:-1]}
+    read = {name: read_rgba(clip() / name) for name in CLIP_FILES[:-2]}
     rgb, alpha = read["frames"]
     assert rgb.shape == (5, 32, 48, 3) and alpha.std() > 5 and rgb.std() > 5                    # worth a test
     assert all(colour.shape == rgb.shape for colour, _ in read.values())
@@ -1245,6 +1341,7 @@ def test_same_seed_same_bytes(tmp_path):
     for _ in range(2):
         many = make(tmp_path, "--prompts", tmp_path / "prompts.txt", "--seed", 5, 3)
         assert [folder.name for folder in many] == ["a-ball-5", "a-ball-3", "a-red-glass-ball-5", "a-red-glass-ball-3"]
+        assert (tmp_path / "index.html").read_text(encoding="utf-8").count('"prompt"') == 4
         assert pngs(many[3]) == pngs(clip()) and all(pngs(folder) != pngs(clip()) for folder in many[:3])
     run = json.loads((many[1] / "run.json").read_text())
     assert (run["arguments"]["prompt"], run["arguments"]["seed"], run["seed"]) == ("a ball", 3, 3)
