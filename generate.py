@@ -167,7 +167,7 @@ def decode(args: argparse.Namespace, vae: RGBAVAE, z: Tensor) -> Iterator[np.nda
         for piece in tqdm(stream, f"decoding {name}", math.ceil(z.shape[2] / args.vae_chunk)):
             yield piece.float()
     yield to_bytes((piece + 1) / 2 for piece in pieces(vae.vae_fgr, "colour"))
-    yield to_bytes(vae.to_alpha(piece) for piece in pieces(vae.vae_pha, "alpha"))[..., 0]
+    yield to_bytes(vae.to_alpha(piece.clamp(-1, 1)) for piece in pieces(vae.vae_pha, "alpha"))[..., 0]
 
 
 def to_bytes(pieces: Iterable[Tensor]) -> np.ndarray:

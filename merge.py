@@ -100,9 +100,11 @@ class RGBAVAE(nn.Module):
         parts = zip(chunks(rendered, 1, chunk), chunks(grey, 1, chunk))
         return self.vae.normalize(torch.cat([self.merged(*part, caches) for part in parts], dim=2))
 
-    def decode(self, z, chunk: int | None = 1):
-        """Normalised latent -> rgb (b, 3, t, h, w), about [-1, 1], alpha (b, 1, t, h, w), about [0, 1]; not clamped."""
-        return self.vae_fgr.decode(z, chunk), self.to_alpha(self.vae_pha.decode(z, chunk))
+    def decode(self, z, chunk: int | None = 1, clamp: bool = False):
+        """Normalised latent -> rgb (b, 3, t, h, w), about [-1, 1], alpha (b, 1, t, h, w), about [0, 1].
+        clamp: as shown, each decoded channel within its range, alpha's before their mean."""
+        rgb, alpha = self.vae_fgr.decode(z, chunk), self.vae_pha.decode(z, chunk)
+        return (rgb.clamp(-1, 1), self.to_alpha(alpha.clamp(-1, 1))) if clamp else (rgb, self.to_alpha(alpha))
 
     @staticmethod
     def to_alpha(video):

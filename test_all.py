@@ -106,6 +106,14 @@ def test_rgba_streaming_is_exact():
     close(rgba.encode(rgb, alpha), rgba.encode(torch.where(alpha > 0, rgb, 1.0), alpha, None))
 
 
+def test_channels_of_alpha_are_clamped_before_their_mean():
+    rgba, z = load_rgba_vae(*rgba_files()[:2]), 3 * named("clamp", (1, 16, 2, 2, 2))
+    raw, (rgb, alpha) = [branch.decode(z) for branch in (rgba.vae_fgr, rgba.vae_pha)], rgba.decode(z, clamp=True)
+    assert torch.equal(rgb, raw[0].clamp(-1, 1))
+    close(alpha, (raw[1].clamp(-1, 1).mean(1, keepdim=True) + 1) / 2)
+    far(alpha, rgba.decode(z)[1].clamp(0, 1))
+
+
 def test_merge_block_starts_as_the_base_encoder():
     vae, (rgb, alpha) = tiny_vae(), official_videos()
     rgba = tiny_rgba(vae)

@@ -44,7 +44,7 @@ def reconstruct(rgba, rgb, alpha, naive=False) -> tuple:
     """uint8 clip (t, h, w, 3), (t, h, w) -> the same through the autoencoder. naive: hidden colour is not rendered."""
     device = rgba.vae_fgr.conv2.weight.device
     rgb, alpha = (x.to(device) for x in to_video(rgb, alpha))
-    rgb, alpha = rgba.decode(rgba.encode(rgb, alpha, None if naive else WHITE))
+    rgb, alpha = rgba.decode(rgba.encode(rgb, alpha, None if naive else WHITE), clamp=True)
     return to_clip(rgb[0], alpha[0])
 
 
@@ -128,7 +128,8 @@ def sample(dit, rgba, contexts, masks, mean=0.05, shift=5.0, steps=4, seed=0, de
     noise = shift_noise(noise, masks, mean).to(device)
     contexts = [context.to(device) for context in contexts]
     *_, (_, z) = euler(lambda z, t: dit(z, t, contexts), noise, shifted_sigmas(steps, shift))
-    return [to_clip(*pair) for pair in zip(*rgba.decode(z, 4))]            # 4 frames of z at a time bound memory
+    pairs = zip(*rgba.decode(z, 4, clamp=True))                            # 4 frames of z at a time bound memory
+    return [to_clip(*pair) for pair in pairs]
 
 
 def evaluate_dit(text, dit, rgba, prompts, mask, seed=0, **options) -> tuple[list, list[dict]]:

@@ -470,8 +470,8 @@ class Browser:
 
     def click(self, words):
         """With the mouse, in the middle of the button that has these words."""
-        place = f"[...document.querySelectorAll('button')].find(b => b.textContent == {words!r}).getBoundingClientRect()"
-        box = self.run(f"JSON.parse(JSON.stringify({place}))")
+        button = f"[...document.querySelectorAll('button')].find(button => button.textContent == {words!r})"
+        box = self.run(f"JSON.parse(JSON.stringify({button}.getBoundingClientRect()))")
         for kind in ("mousePressed", "mouseReleased"):
             self.ask("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1,
                      x=box["x"] + box["width"] / 2, y=box["y"] + box["height"] / 2)

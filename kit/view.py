@@ -2,8 +2,8 @@
 
     python -m kit.view out/a-red-glass-ball-bouncing-0 [MORE ...] [--page out/index.html]
 
-generate.py writes one into each clip's folder and, for several clips, one that shows them side by side. What it draws is
-in view.html: frames over a checkerboard, a colour or a picture of one's own; colour and alpha alone; frame by frame.
+generate.py writes one into each clip's folder and, for several clips, one that shows them side by side. view.html draws:
+frames over a checkerboard, a colour or a picture of one's own; colour and alpha alone; frame by frame.
 """
 import json
 import os
@@ -33,7 +33,8 @@ def describe(folder: Path, page: Path) -> dict:
     run = read_json(folder / "run.json") if (folder / "run.json").is_file() else None
     try:
         asked = run["arguments"]
-        facts = f"seed {run['seed']}, {asked['steps']} steps, {asked['size'][0]} x {asked['size'][1]}, {asked['fps']} fps"
+        size = "{} x {}".format(*asked["size"])
+        facts = f"seed {run['seed']}, {asked['steps']} steps, {size}, {asked['fps']} fps"
         return dict(folder=Path(os.path.relpath(folder, page.parent)).as_posix(), prompt=asked["prompt"], facts=facts,
                     size=asked["size"], fps=asked["fps"], frames=asked["frames"], stages=run["stages"],
                     ellipse=ellipse_keys(asked), files=[name for name in FILES if (folder / name).exists()])
