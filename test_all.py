@@ -804,7 +804,8 @@ FLOORS = [{"kit.files", "kit.command", "kit.media", "kit.curves", "kit.drawing"}
           {"kit.data", "kit.scale", "kit.memory", "kit.result", "kit.score", "kit.lpips", "kit.view"},
           {"kit.batches", "kit.evaluate"},
           {"train_vae", "train_dit", "generate",
-           "kit.pretrain", "kit.adapter", "kit.bench", "kit.ablate", "kit.pictures", "kit.mutants"}]
+           "kit.pretrain", "kit.adapter", "kit.bench", "kit.ablate", "kit.pictures", "kit.mutants",
+           "kit.walk"}]
 
 
 def imports(file):

@@ -301,3 +301,11 @@ def tile(path, rows, scale=2) -> None:
     with replacing(path) as temporary:
         sheet = repeat(np.stack(rows), "r n h w c -> (r h i) (n w j) c", i=scale, j=scale)
         Image.fromarray(sheet).save(temporary)
+
+
+def heat(x, low, high):
+    """(t, h, w) as uint8 (t, h, w, 3), from dark blue over red to yellow."""
+    share = np.clip((np.asarray(x, dtype=float) - low) / (high - low), 0, 1)[..., None]
+    stops = np.array([[20, 20, 70], [190, 40, 60], [255, 235, 90]], dtype=float)
+    lower, upper = stops[0] + 2 * share * (stops[1] - stops[0]), stops[1] + (2 * share - 1) * (stops[2] - stops[1])
+    return np.where(share < 0.5, lower, upper).astype(np.uint8)

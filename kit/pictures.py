@@ -23,21 +23,10 @@ from kit.command import Parser, run_command, whole
 from kit.curves import draw_charts
 from kit.evaluate import judge_cells, load_judge, reconstruct, sample, unseen_prompts
 from kit.files import TINY, find_adapter, find_vae, read_section, replacing
-from kit.media import checkerboard, contact_sheet, over, premultiply, resize, tile, unpremultiply
+from kit.media import checkerboard, contact_sheet, heat, over, premultiply, resize, tile, unpremultiply
 from merge import load_rgba_vae
 from sampler import ellipse_mask, mean_for_grid
 from text import load_text_encoder
-
-# ---- pictures
-
-
-def heat(x, low, high):
-    """(t, h, w) as uint8 (t, h, w, 3), from dark blue over red to yellow."""
-    share = np.clip((np.asarray(x, dtype=float) - low) / (high - low), 0, 1)[..., None]
-    stops = np.array([[20, 20, 70], [190, 40, 60], [255, 235, 90]], dtype=float)
-    lower, upper = stops[0] + 2 * share * (stops[1] - stops[0]), stops[1] + (2 * share - 1) * (stops[2] - stops[1])
-    return np.where(share < 0.5, lower, upper).astype(np.uint8)
-
 
 # ---- the mean shift
 

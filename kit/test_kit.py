@@ -47,13 +47,13 @@ import train_vae
 from dit import Block, DiTConfig, load_dit, open_dit, WAN_14B, WAN_1_3B, WanDiT
 from dora import adapter_state, add_dora, add_lora, load_adapter_state, merge_adapter
 from kit import (ablate, adapter, batches, bench, clips, curves, data, evaluate, lpips, memory, pictures, pretrain,
-                 result, run, scale, score, view)
+                 result, run, scale, score, view, walk)
 from kit.clips import (BACKGROUNDS, caption_of, COLORS, draw_wording, held_out, MATERIALS, MOTIONS, procedural_clip,
                        SENTENCES, SHAPES)
 from kit.command import Parser, run_command
 from kit.data import open_data, RGBADataset
 from kit.files import cache_key, Checkpoint, file_key, read_checkpoint, read_json, save_json, save_tensors
-from kit.media import (area_size, bleed, checkerboard, contact_sheet, cover, over, read_pair, read_rgba, to_clip,
+from kit.media import (area_size, bleed, checkerboard, contact_sheet, cover, heat, over, read_pair, read_rgba, to_clip,
                        write_rgba)
 from kit.run import load_batches, Run, sample_generator, shares
 from kit.score import (chance_of, compare_clips, masked_mean, named_color, named_motion, named_shape, psnr, score_by,
@@ -551,6 +551,18 @@ def test_a_page_of_clips_draws_as_we_do_and_obeys_its_buttons(tmp_path):
     refuses(lambda: view.main([str(tmp_path / "a")]), "index.html", "--page")
     (tmp_path / "b/run.json").write_text("{}")
     refuses(lambda: view.main([str(tmp_path / "b")]), "no clip of generate.py")
+
+
+def test_the_walk_names_functions_and_tests_that_are_there_and_shows_every_picture(tmp_path, capsys):
+    walk.main(["a <red> ball", "--base", str(base()), "--out", str(tmp_path), "--steps", "2"])
+    page = (tmp_path / "walk.html").read_text(encoding="utf-8")
+    assert "a &lt;red&gt; ball" in page and "{" not in page.partition("</style>")[2] and len(page) < 8e6
+    assert page.count("<img") == 13 + 2 and page.count("test_all.py:") == 8 == page.count('class="ask"')
+    for file, line in re.findall(r"\(([\w/]+\.py):(\d+)\)", page):
+        assert re.match(r"\s*(@|def |class )", (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1])
+    if shutil.which("chromium"):
+        with browser(tmp_path / "walk.html") as shown:
+            assert shown.run("[...document.images].every(image => image.naturalWidth > 30)")
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mov", "webm"])
@@ -1223,7 +1235,7 @@ def test_pictures_are_drawn(tmp_path, capsys):
     curves.draw_charts(tmp_path / "chart.png", {"a": dict(one=[(0, 1), (1, 2)], two=[(0, 0), (1, 1)])})
     shown = np.asarray(Image.open(tmp_path / "chart.png")).reshape(-1, 3)
     assert all((shown == color).all(1).sum() > 300 for color in curves.COLORS[:2])
-    assert pictures.heat([[[-9, 0, 9]]], -1, 1)[0, 0].tolist() == [[20, 20, 70], [190, 40, 60], [255, 235, 90]]
+    assert heat([[[-9, 0, 9]]], -1, 1)[0, 0].tolist() == [[20, 20, 70], [190, 40, 60], [255, 235, 90]]
 
 
 def test_tables_count_only_what_applies():

@@ -2,7 +2,7 @@
 
     python -m kit.view out/a-red-glass-ball-bouncing-0 [MORE ...] [--page out/index.html]
 
-generate.py writes one into each clip's folder and, for several clips, one that shows them side by side. view.html draws:
+generate.py writes one into each clip's folder and, for several, one that shows them side by side. view.html draws
 frames over a checkerboard, a colour or a picture of one's own; colour and alpha alone; frame by frame.
 """
 import json
