@@ -39,6 +39,7 @@ from tqdm import tqdm
 from dit import open_dit
 from kit.command import (Parser, check_device, clip_frames, end_process_group, from_first, number, pixels, positive,
                          run_command, start_process_group)
+from kit.export import KINDS, export
 from kit.files import TINY, find_text, find_vae, read_section
 from kit.media import MEDIA, read_rgba, write_rgba
 from kit.memory import check_memory, choose_chunk, latent_size
@@ -197,6 +198,7 @@ def finish(args: argparse.Namespace, latents: list[Tensor], stages: dict) -> Ite
                     for job in tqdm(jobs, "writing"):
                         job.result()
                 save_record(folder / "run.json", args, prompt, seed, stages, weights.result())
+                export(folder, args.also, args.trim)
                 write_page(folder / "index.html", [folder])
             done.append(final)
             yield final
@@ -301,6 +303,8 @@ def check(args: argparse.Namespace) -> None:
     together and for too little memory: all models are loaded onto the meta device, where they are names and shapes."""
     if min(args.seed) < 0 or max(args.seed) >= 2 ** 63:
         raise ValueError(f"--seed {' '.join(map(str, args.seed))} is not between 0 and 2^63 - 1")
+    if args.trim and not args.also:
+        raise ValueError("--trim is about the files of --also; name some, such as --also sheet")
     if not args.vae_adapter:
         raise ValueError(f"{args.base} names no VAE adapter; give --vae-adapter, for example decoder.bin")
     check_names(args.out, args.clips)
@@ -341,9 +345,8 @@ def make_parser() -> Parser:
         Numbers in (parentheses) are Wan's; section "generate" of the base folder's config.json goes before them.
         Files go to OUT/WORDS-OF-THE-PROMPT-SEED: rgba.webm, rgba.mov and frames/0000.png ... with straight alpha,
         preview.mp4 and preview.webp over a checkerboard, rgb.mp4, alpha.mp4, run.json, which says how, and index.html
-        to look at it all; several clips get one more, side by side, in OUT. Where --base
-        is Wan2.2's, with high_noise_model and low_noise_model, a flag of one or two values takes them in this order.
-        Many GPUs: torchrun --nproc_per_node=N generate.py PROMPT ...""")
+        to look at it all; several clips get one more, side by side. Where --base is Wan2.2's, with high_noise_model
+        and low_noise_model, a flag of one or two values takes them in this order. Many GPUs: torchrun --nproc_per_node=N generate.py PROMPT ...""")
     finite, devices, dtypes = number(-1e6, 1e6), ("cuda", "cpu"), ("bfloat16", "float32")
     clip = parser.add_argument_group("the clip").add_argument
     clip("prompt", metavar="PROMPT", nargs="?", help="what to show; cut at the token limit")
@@ -351,7 +354,10 @@ def make_parser() -> Parser:
     clip("--size", type=pixels, metavar="WxH", help="width x height in pixels, multiples of 16 (832x480)")
     clip("--frames", type=clip_frames, metavar="N", help="length, 4k+1 frames (81)")
     clip("--seed", type=int, nargs="+", default=[0], metavar="N", help="of the noise; several: as many clips [0]")
+    clip("--fps", type=number(0.01, 1000), metavar="N", help="frames a second that files are played at (16)")
     clip("--out", default="out", metavar="DIR", help="where each clip's own folder goes [out]")
+    clip("--also", nargs="+", default=[], choices=KINDS, metavar="KIND", help=f"more files: {', '.join(KINDS)}")
+    clip("--trim", action="store_true", help="these without the margin that no frame's object touches")
     steps = parser.add_argument_group("sampling").add_argument
     steps("--steps", type=positive, metavar="N", help="from noise to clip (4; without --distill 50; Wan2.2's: 40)")
     steps("--shift", type=number(1e-6), metavar="K", help="above 1: more steps at high noise (5; Wan2.2's: 12)")

@@ -46,8 +46,8 @@ import train_dit
 import train_vae
 from dit import Block, DiTConfig, load_dit, open_dit, WAN_14B, WAN_1_3B, WanDiT
 from dora import adapter_state, add_dora, add_lora, load_adapter_state, merge_adapter
-from kit import (ablate, adapter, batches, bench, clips, curves, data, evaluate, lpips, memory, pictures, pretrain,
-                 result, run, scale, score, view, walk)
+from kit import (ablate, adapter, batches, bench, clips, curves, data, evaluate, export, lpips, memory, pictures,
+                 pretrain, result, run, scale, score, view, walk)
 from kit.clips import (BACKGROUNDS, caption_of, COLORS, draw_wording, held_out, MATERIALS, MOTIONS, procedural_clip,
                        SENTENCES, SHAPES)
 from kit.command import Parser, run_command
@@ -551,6 +551,33 @@ def test_a_page_of_clips_draws_as_we_do_and_obeys_its_buttons(tmp_path):
     refuses(lambda: view.main([str(tmp_path / "a")]), "index.html", "--page")
     (tmp_path / "b/run.json").write_text("{}")
     refuses(lambda: view.main([str(tmp_path / "b")]), "no clip of generate.py")
+
+
+def test_a_clip_is_exported_as_others_read_it(tmp_path, capsys):
+    clip = procedural_clip(4, frames=5, two=0, material="glass")
+    write_rgba(tmp_path / "frames", *clip[:2])
+    save_json(tmp_path / "run.json", dict(arguments=dict(fps=20)))
+    export.main([str(tmp_path), *export.KINDS, "--trim"])
+    assert sorted(Path(line).name for line in capsys.readouterr().out.split()) == [
+        "premultiplied", "premultiplied.mov", "rgba.apng", "sprites.json", "sprites.png"]
+    x, y, w, h = export.object_box(clip.alpha)
+    inside = np.s_[:, y:y + h, x:x + w]
+    assert not (np.delete(clip.alpha, np.s_[y:y + h], 1) > 3).any() and h < 64 > w and h % 2 == w % 2 == 0
+    assert (clip.alpha[inside] > 3).any((0, 2))[[0, -2]].all() and (clip.alpha[inside] > 3).any((0, 1))[[0, -2]].all()
+    assert same_bytes(read_rgba(tmp_path / "rgba.apng"), (clip.rgb[inside], clip.alpha[inside]))
+    sheet, told = Image.open(tmp_path / "sprites.png"), read_json(tmp_path / "sprites.json")
+    assert told["meta"]["size"] == dict(w=sheet.size[0], h=sheet.size[1]) and len(told["frames"]) == 5
+    for i, frame in enumerate(told["frames"].values()):
+        fx, fy, fw, fh = frame["frame"].values()
+        assert np.array_equal(np.asarray(sheet)[fy:fy + fh, fx:fx + fw, 3], clip.alpha[inside][i])
+        assert frame["spriteSourceSize"] == dict(x=x, y=y, w=w, h=h) and frame["duration"] == 50
+    seen = read_rgba(tmp_path / "premultiplied")[0]
+    assert np.array_equal(seen, over(clip.rgb, clip.alpha, 0)[inside])
+    assert np.abs(read_rgba(tmp_path / "premultiplied.mov")[0].astype(int) - seen).mean() < 3
+    assert export.object_box(np.zeros((2, 8, 6))) == (0, 0, 6, 8)
+    refuses(lambda: export.main([str(tmp_path / "frames"), "apng"]), "no clip")
+    folder, = make(tmp_path / "out", "ball", "--also", "sheet", "--trim", "--fps", 4, *SHORT)
+    assert read_json(folder / "sprites.json")["frames"]["0000.png"]["duration"] == 250
 
 
 def test_the_walk_names_functions_and_tests_that_are_there_and_shows_every_picture(tmp_path, capsys):
@@ -1437,7 +1464,7 @@ WRONG = """--size 50x32|--size -16x32|--size axb|--frames 4|--frames 0|--steps 0
     --mask {}/none.webm: none.webm|--vae-adapter {}/none: none|--vae-adapter DORA: t2v.safetensors|--dora {}/none: none|
     --dora DORA DORA|--distill {}/blank: blank|--distill DORA DORA|--out {}/twice|--out {}: ball-0|--prompts {}/none|
     --prompts {}/blank|--prompts {}/binary|--prompts {}/latin|--prompts {}/twice: a-ball-0|&nbsp;: prompt|
-    --seed 1 --prompts {}/twice: either"""
+    --trim: --also|--seed 1 --prompts {}/twice: either"""
 
 
 @pytest.mark.parametrize("row", WRONG.split("|"))

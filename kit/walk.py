@@ -183,7 +183,7 @@ def main(argv=None) -> None:
     page, found = args.out / "walk.html", compute(args)
     pictures, values = tell(found)
     facts = f"seed {args.seed}, {args.steps} steps, mu {found['mean']}, {time.time() - start:.1f} s"
-    values |= dict(prompt=args.prompt, base=args.base, facts=facts)
+    values |= dict(prompt=args.prompt, base="tiny/" if args.base == str(TINY) else args.base, facts=facts)
     template = Path(__file__).with_name("walk.html").read_text(encoding="utf-8")
     page.parent.mkdir(parents=True, exist_ok=True)
     save_text(page, BLANK.sub(lambda blank: fill(*blank.groups(), page, pictures, values), template))
