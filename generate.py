@@ -40,10 +40,11 @@ from dit import open_dit
 from kit.command import (Parser, check_device, clip_frames, end_process_group, from_first, number, pixels, positive,
                          run_command, start_process_group)
 from kit.export import KINDS, export
-from kit.files import TINY, find_text, find_vae, read_section
+from kit.files import TINY, find_text, find_vae, read_section, read_trained
 from kit.media import MEDIA, read_rgba, write_rgba
 from kit.memory import check_memory, choose_chunk, latent_size
-from kit.result import check_names, check_out, folder_name, hash_weights, media, result_folder, save_record, told
+from kit.result import (check_names, check_out, folder_name, hash_weights, media, read_prompts, result_folder,
+                        save_record, told)
 from kit.scale import check_ways, load_scaled
 from kit.view import is_free, write_page
 from merge import RGBAVAE, load_rgba_vae
@@ -230,16 +231,19 @@ def prepare(args: argparse.Namespace, rank: int, world: int, device) -> tuple[ar
 
 
 def settle(args: argparse.Namespace, rank: int = 0, world: int = 1, device=None) -> argparse.Namespace:
-    """What the command line left open, from section "generate" of the base folder's config.json, else Wan's numbers.
+    """What the command line left open: from --run's trainings, section "generate" of the base folder's config.json, or
+    else Wan's numbers.
 
     rank, world, device: which of how many processes this is, and the GPU that is its own."""
-    base = Path(args.base)
+    trained = read_trained(args.run) if args.run else {}
+    base = Path(args.base or trained.get("base") or TINY)
     folders = find_experts(base)
     if base in folders and not (base / "config.json").is_file():
         raise FileNotFoundError(f"there is no {base / 'config.json'}; give --base a folder like Wan2.1-T2V-14B")
     said = read_section(base)
     for name in ("vae_adapter", "dora", "distill"):
         said[name] = [str(base / said[name])] if said.get(name) else None
+    said |= {name: [value] if name in ("vae_adapter", "dora") else value for name, value in trained.items()}
     said |= {name: value for name, value in vars(args).items() if value is not None}
     distilled = any(said["distill"] or [])
     wan = WAN if distilled or len(folders) == 1 else WAN | WAN_2_2
@@ -274,28 +278,6 @@ def share_out(args: argparse.Namespace, folders: dict[Path, int]) -> list[Expert
                shares("guidance", args.guidance))
     return [Expert(path, least, [(file, 1.0) for file in (dora, distill) if file], guidance)
             for (path, least), dora, distill, guidance in rows]
-
-
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """PROMPT, or the lines of the file --prompts that are not blank."""
-    if (args.prompt is None) == (args.prompts is None):
-        raise ValueError("give either a PROMPT, before the flags, or --prompts FILE")
-    lines = [args.prompt] if args.prompts is None else read_lines(Path(args.prompts))
-    source = "the prompt" if args.prompts is None else f"--prompts {args.prompts}"
-    prompts = list(filter(None, map(clean_prompt, lines)))
-    if not prompts:
-        raise ValueError(f'{source} is empty; describe the clip, as in "a red glass ball bouncing"')
-    return prompts
-
-
-def read_lines(file: Path) -> list[str]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        if "\0" in text:
-            raise UnicodeError
-    except (OSError, UnicodeError):
-        raise ValueError(f"--prompts {file} cannot be read; give a text file (UTF-8), one prompt a line") from None
-    return text.split("\n")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -346,7 +328,8 @@ def make_parser() -> Parser:
         Files go to OUT/WORDS-OF-THE-PROMPT-SEED: rgba.webm, rgba.mov and frames/0000.png ... with straight alpha,
         preview.mp4 and preview.webp over a checkerboard, rgb.mp4, alpha.mp4, run.json, which says how, and index.html
         to look at it all; several clips get one more, side by side. Where --base is Wan2.2's, with high_noise_model
-        and low_noise_model, a flag of one or two values takes them in this order. Many GPUs: torchrun --nproc_per_node=N generate.py PROMPT ...""")
+        and low_noise_model, a flag of one or two values takes them in this order.
+        Many GPUs: torchrun --nproc_per_node=N generate.py PROMPT ...""")
     finite, devices, dtypes = number(-1e6, 1e6), ("cuda", "cpu"), ("bfloat16", "float32")
     clip = parser.add_argument_group("the clip").add_argument
     clip("prompt", metavar="PROMPT", nargs="?", help="what to show; cut at the token limit")
@@ -371,8 +354,9 @@ def make_parser() -> Parser:
           "with alpha or a matte; a saved tensor (t,h,w) of 0 to 1 [a centred circle]")
     where("--mean", type=finite, metavar="MU", help="mean of the noise outside the mask; 0 for Wan-Alpha v1 (0.05)")
     weights = parser.add_argument_group("weights").add_argument
-    weights("--base", default=TINY, metavar="DIR",
-            help="checkpoint folder laid out like Wan2.1-T2V-14B or Wan2.2-T2V-A14B [tiny, beside generate.py]")
+    weights("--base", metavar="DIR", help="checkpoint folder laid out like Wan2.1-T2V-14B or Wan2.2-T2V-A14B [--run's, "
+            "or else tiny, beside generate.py]")
+    weights("--run", metavar="DIR", help="--out of your trainings: their base, adapters, size, length and mu")
     weights("--vae-adapter", nargs="+", metavar="FILE", help="Wan-Alpha's decoder.bin or *-VAE.bin, or what "
             "train_vae.py wrote; or two merged decoders, of colour and of alpha")
     weights("--dora", nargs="+", metavar="FILE", help="Wan-Alpha's t2v.safetensors, or what train_dit.py wrote")

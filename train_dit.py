@@ -25,10 +25,10 @@ from kit.batches import draw_latents, encoded, of_one_shape
 from kit.command import Parser, clip_frames, end_process_group, is_first, number, pixels, positive, run_command
 from kit.data import open_data
 from kit.evaluate import held_out_mse, sample
-from kit.files import (TINY, cache_key, file_key, find_adapter, find_text, find_tokenizer, find_vae, read_section,
+from kit.files import (DORA, TINY, cache_key, file_key, find_adapter, find_text, find_tokenizer, find_vae, read_section,
                        save_tensors, stored)
 from kit.media import contact_sheet, to_video
-from kit.run import Run, add_run_flags, begin, finish, learning_rate
+from kit.run import Run, add_run_flags, begin, finish, learning_rate, settle_start
 from kit.scale import place_dit, plain_attention, prepare_blocks
 from losses import PALETTE
 from merge import load_rgba_vae
@@ -136,8 +136,8 @@ def train(args, dataset) -> None:
             return flow_step(dit, z, context, generators, mask, **options)
         summary["held_out_mse"] = held_out_mse(step_of, files[training::args.variants])
     if is_first():
-        save_tensors(Path(args.out) / "t2v.safetensors", stored(adapter_state(dit), args.half))
-    finish(folder, summary)
+        save_tensors(Path(args.out) / DORA, stored(adapter_state(dit), args.half))
+    finish(folder, summary, "python", "generate.py", dataset.caption(0), "--run", args.out)
 
 
 def draw_held_out(args, dit, files) -> list:
@@ -164,7 +164,7 @@ def make_parser() -> Parser:
     add("--cache", default="runs/cache", metavar="DIR", help="encoded latents, made where missing [runs/cache]")
     add("--steps", type=positive, default=1750, metavar="N", help="[1750]")
     add("--batch", type=positive, default=8, metavar="B", help="clips a step [8]")
-    add("--rank", type=positive, default=32, metavar="R", help="of the DoRA; its scale is 1 [32]")
+    add("--rank", type=positive, metavar="R", help="of the DoRA; its scale is 1 [that of --start, or else 32]")
     add("--lora", action="store_true", help="LoRA in place of DoRA")
     add("--mean", type=number(-10, 10), metavar="MU", help="of the noise outside the ellipse [what the base's "
         "config.json says, or else 0.05]")
@@ -186,6 +186,7 @@ def make_parser() -> Parser:
 
 def settle(args) -> None:
     """What the command line left open."""
+    settle_start(args, DORA, 32)
     said = read_section(args.base)
     args.size = tuple(args.size or said.get("size", (640, 624)))
     args.frames = args.frames or said.get("frames", 81)

@@ -24,14 +24,16 @@ from kit.batches import batch_sizes, draw_clips, parse_schedule
 from kit.command import Parser, end_process_group, number, positive, run_command
 from kit.data import open_data
 from kit.evaluate import evaluate_vae, load_judge, mean_scores, reconstruct
-from kit.files import TINY, find_vae, save_tensors, stored
+from kit.files import TINY, VAE_ADAPTER, find_vae, read_section, save_tensors, stored
 from kit.media import contact_sheet
-from kit.run import Run, add_run_flags, begin, finish, is_first, learning_rate
+from kit.run import Run, add_run_flags, begin, finish, is_first, learning_rate, settle_start
 from kit.scale import prepare_blocks
 from losses import VGG, random_colors, raw_loss, rgba_loss, tabd_loss, tabd_mask
 from merge import FeatureMerge, RGBAVAE
 from sampler import flow_target, interpolate, sample_noise, sample_sigma
 from vae import ResidualBlock, load_vae
+
+OFFICIAL = "75000:17:272:2"
 
 
 def rgba_step(rgba: RGBAVAE, rgb, alpha, generators, vgg=None, perceptual=0.0, own_alpha=False, tabd=0.0,
@@ -102,9 +104,10 @@ def train(args, dataset, phases) -> None:
 
     summary = run.summary()
     if is_first():
-        save_tensors(Path(args.out) / "Wan-Alpha-v2-VAE.safetensors", stored(rgba.adapter_state(), args.half))
+        save_tensors(Path(args.out) / VAE_ADAPTER, stored(rgba.adapter_state(), args.half))
         summary["held_out"] = mean_scores(evaluate_vae(rgba, held_out, args.naive))
-    finish(folder, summary)
+    finish(folder, summary, "python", "train_dit.py", args.data, "--base", args.base, "--vae-adapter",
+           Path(args.out) / VAE_ADAPTER, "--out", args.out)
 
 
 def make_parser() -> Parser:
@@ -115,12 +118,11 @@ def make_parser() -> Parser:
     add("data", help="folder of RGBA clips (python -m kit.data FOLDER says what is in it)")
     add("--base", default=str(TINY), metavar="DIR", help="checkpoint folder with the frozen base [tiny/]")
     add("--out", default="runs/vae", metavar="DIR", help="where the adapter and the run's records go [runs/vae]")
-    add("--schedule", default="75000:17:272:2", metavar="S:F:P:B,...",
-        help="phases of S steps, F frames, crops of P pixels, B clips a step over all GPUs [75000:17:272:2; "
-        "officially 2 a GPU]")
+    add("--schedule", metavar="S:F:P:B,...", help="phases of S steps, F frames, crops of P pixels, B clips a step over "
+        f"all GPUs [{OFFICIAL}; officially 2 a GPU; for a base of smaller clips 300 steps of these (ours)]")
     add("--size", type=positive, metavar="N", help="pixels that a clip's shorter side is scaled to before it is "
         "cropped [a random one to two times the crop]")
-    add("--rank", type=positive, default=128, metavar="R", help="of the decoders' LoRA [128]")
+    add("--rank", type=positive, metavar="R", help="of the decoders' LoRA [that of --start, or else 128]")
     add("--perceptual", type=number(0), default=1.0, metavar="W", help="weight of the VGG term; 0 trains without [1]")
     add("--vgg", default="vgg16-397923af.pth", metavar="FILE", help="ImageNet weights of VGG-16 for it")
     add("--tabd", type=number(0), default=0.1, metavar="W", help="weight of L_TABD; 0 trains without [0.1]")
@@ -136,6 +138,14 @@ def make_parser() -> Parser:
     add("--naive", action="store_true", help="without renders: the paper's point of comparison")
     add_run_flags(parser)
     return parser
+
+
+def settle(args) -> None:
+    """What the command line left open."""
+    settle_start(args, VAE_ADAPTER, 128)
+    said = read_section(args.base)
+    side = min(said.get("size", [272]))
+    args.schedule = args.schedule or (OFFICIAL if side >= 272 else f"300:{said.get('frames', 17)}:{side}:2")
 
 
 def check(args) -> list[tuple[int, int, int, int]]:
@@ -154,6 +164,7 @@ def check(args) -> list[tuple[int, int, int, int]]:
 
 def main(argv=None) -> None:
     args = make_parser().parse_args(argv)
+    settle(args)
     phases = check(args)
     begin(args, batch_sizes(phases))
     size, frames = args.size or max(side for _, _, side, _ in phases), max(frames for _, frames, _, _ in phases)

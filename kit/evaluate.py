@@ -20,7 +20,8 @@ from dit import load_dit
 from kit.clips import COMBINATIONS, UNSEEN_SENTENCES, caption_of, draw_wording, held_out, procedural_clip
 from kit.command import Parser, check_device, clip_frames, number, pixels, positive, run_command, whole
 from kit.data import RGBADataset
-from kit.files import TINY, find_adapter, find_dit, find_vae, read_checkpoint, read_section, save_json
+from kit.files import (TINY, find_adapter, find_dit, find_vae, read_checkpoint, read_section, read_trained,
+                       save_json)
 from kit.lpips import LPIPS
 from kit.media import bleed, checkerboard, contact_sheet, over, tile, to_clip, to_video, write_rgba
 from kit.score import (chance_of, compare_clips, mean_scores, measure_clip, print_scores, score_by, score_clip,
@@ -226,7 +227,7 @@ def run_vae(args) -> None:
 def run_dit(args) -> None:
     out, prompts = Path(args.out), unseen_prompts(args.prompts)
     ellipse = partial(ellipse_mask, args.frames, *args.size[::-1])
-    dit = load_dit(args.base, [(args.dora or f"{args.base}/t2v.safetensors", 1.0)], device=args.device)
+    dit = load_dit(args.base, [(args.dora, 1.0)], device=args.device)
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
     options = dict(mean=args.mean, shift=args.shift, seed=args.seed, device=args.device)
     evaluate = partial(evaluate_dit, load_text_encoder(args.base), dit, rgba, **options)
@@ -297,7 +298,8 @@ def parse_args(argv=None):
     vae = commands.add_parser("vae", help="the RGBA autoencoder").add_argument
     dit = commands.add_parser("dit", help="the transformer with its DoRA").add_argument
     for name, add in (("vae", vae), ("dit", dit)):
-        add("--base", default=str(TINY), metavar="DIR", help="checkpoint folder [tiny/]")
+        add("--base", metavar="DIR", help="checkpoint folder [that of --run, else tiny/]")
+        add("--run", metavar="DIR", help="--out of your trainings: score what they made")
         add("--out", default=f"runs/{name}", metavar="DIR", help="for eval.json and clips to look at [%(default)s]")
         add("--vae-adapter", metavar="FILE", help="of the VAE [Wan-Alpha-v2-VAE.safetensors in --base]")
         add("--size", type=pixels, metavar="WxH", help="multiples of 16 [this and --frames: as --base's config.json]")
@@ -321,11 +323,15 @@ def parse_args(argv=None):
 def settle(args):
     """Defaults that depend on --base, and what can be told from the arguments alone. ValueError."""
     check_device(args.device)
-    said = read_section(args.base)
-    for name, usual in USUAL[args.model].items():
+    trained = read_trained(args.run) if args.run else {}
+    args.base = args.base or trained.get("base") or str(TINY)
+    said = USUAL[args.model] | read_section(args.base) | trained
+    for name in USUAL[args.model]:
         if getattr(args, name) is None:
-            setattr(args, name, said.get(name, usual))
-    args.vae_adapter = args.vae_adapter or str(find_adapter(args.base))
+            setattr(args, name, said[name])
+    args.vae_adapter = args.vae_adapter or trained.get("vae_adapter") or str(find_adapter(args.base))
+    if args.model == "dit":
+        args.dora = args.dora or trained.get("dora") or f"{args.base}/t2v.safetensors"
     return args
 
 

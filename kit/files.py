@@ -149,6 +149,7 @@ def load_strict(module: nn.Module, state: dict, path, dtype=torch.float32, devic
     return module.requires_grad_(False).eval()
 
 TINY = Path(__file__).parents[1] / "tiny"                      # the embedded one: what a command takes without --base
+VAE_ADAPTER, DORA = "Wan-Alpha-v2-VAE.safetensors", "t2v.safetensors"               # as the trainings name them
 
 
 def either(folder, name: str, other: str = ".pth") -> Path:
@@ -160,6 +161,17 @@ def either(folder, name: str, other: str = ".pth") -> Path:
 find_vae = partial(either, name="Wan2.1_VAE")
 find_text = partial(either, name="models_t5_umt5-xxl-enc-bf16")
 find_adapter = partial(either, name="Wan-Alpha-v2-VAE", other=".bin")
+
+
+def find_trained(path, name: str) -> Path:
+    """The adapter that `path` is, or the one of this name in that folder."""
+    return Path(path) / name if Path(path).is_dir() else Path(path)
+
+
+def adapter_rank(path) -> int | None:
+    """The rank of a LoRA or DoRA in a file of plain tensors; None if it holds none."""
+    meta = Checkpoint(path).meta
+    return next((len(tensor) for name, tensor in meta.items() if ".lora_A" in name and tensor.ndim > 1), None)
 
 
 def find_tokenizer(folder) -> Path:
@@ -186,6 +198,24 @@ def read_json(path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a readable JSON object: download it again")
     return content
+
+
+def read_trained(folder) -> dict:
+    """What the trainings of a folder, their --out, have left for use: base, adapters and, of a DoRA, the size, frames
+    and mean that it was trained with. ValueError without any, or with one that is not finished."""
+    found, both = {}, {"vae-rgba": ("vae_adapter", VAE_ADAPTER), "dit-rgba": ("dora", DORA)}
+    for run, (flag, file) in both.items():
+        record = Path(folder) / run / "run.json"
+        if record.is_file():
+            asked = read_json(record).get("arguments", {})
+            if not (Path(folder) / file).is_file():
+                raise ValueError(f"the training in {record.parent} is not finished: there is no {Path(folder) / file}; "
+                                 "go on with it by --resume")
+            names = ("base", "vae_adapter", "size", "frames", "mean") if flag == "dora" else ("base",)
+            found |= {name: asked[name] for name in names if name in asked} | {flag: str(Path(folder) / file)}
+    if "base" not in found:
+        raise ValueError(f"{folder} holds no training of the autoencoder or of the transformer: give its --out")
+    return found
 
 
 COUNT = (lambda x: type(x) is int and x > 0), "a whole number above 0"

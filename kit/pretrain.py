@@ -97,7 +97,7 @@ def train_vae(args, dataset, phases) -> None:
     if is_first():
         statistics = {name: json.dumps(getattr(vae.config, name)) for name in ("mean", "std")}
         save_tensors(find_vae(args.out).with_suffix(".safetensors"), stored(vae.state_dict(), args.half), statistics)
-    finish(folder, run.summary())
+    finish(folder, run.summary(), "python", "-m", "kit.pretrain", "dit", args.data, "--out", args.out)
 
 
 @torch.no_grad()
@@ -204,7 +204,7 @@ def train_dit(args, dataset) -> None:
         summary["held_out_mse"] = held_out_mse(step_of, files[training:])
     if is_first():
         write_base(args, both, text)
-    finish(folder, summary)
+    finish(folder, summary, "python", "train_vae.py", args.data, "--base", args.out, "--out", args.out)
 
 
 @torch.no_grad()

@@ -23,8 +23,31 @@ from einops import repeat
 from kit.command import is_first, measured
 from kit.files import file_key, find_dit, find_tokenizer, save_json
 from kit.media import checkerboard, over
+from text import clean_prompt
 
 PACKAGES = ("numpy", "safetensors", "tokenizers", "einops", "imageio", "imageio-ffmpeg")
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """PROMPT, or the lines of the file --prompts that are not blank."""
+    if (args.prompt is None) == (args.prompts is None):
+        raise ValueError("give either a PROMPT, before the flags, or --prompts FILE")
+    lines = [args.prompt] if args.prompts is None else read_lines(Path(args.prompts))
+    source = "the prompt" if args.prompts is None else f"--prompts {args.prompts}"
+    prompts = list(filter(None, map(clean_prompt, lines)))
+    if not prompts:
+        raise ValueError(f'{source} is empty; describe the clip, as in "a red glass ball bouncing"')
+    return prompts
+
+
+def read_lines(file: Path) -> list[str]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise UnicodeError
+    except (OSError, UnicodeError):
+        raise ValueError(f"--prompts {file} cannot be read; give a text file (UTF-8), one prompt a line") from None
+    return text.split("\n")
 
 
 def folder_name(prompt: str, seed: int) -> str:

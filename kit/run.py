@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import statistics
 import sys
@@ -37,7 +38,7 @@ from tqdm import tqdm
 from kit.command import (average, check_device, end_process_group, is_first, number, peak_memory, positive, processes,
                          ranks, start_process_group, whole)
 from kit.curves import draw_curves
-from kit.files import Checkpoint, replacing, save_json, save_text
+from kit.files import Checkpoint, adapter_rank, find_trained, replacing, save_json, save_text
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -60,10 +61,21 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=whole, default=0, metavar="N", help="of weights, batches and noise [0]")
     add("--workers", type=whole, default=min(4, max(1, (os.cpu_count() or 1) // 2)), metavar="N",
         help="processes that read clips while the model trains; 0: none [%(default)s here]")
-    add("--start", metavar="FILE", help="weights to begin with: checkpoint.pt of another run, or what one has written")
+    add("--start", metavar="PATH", help="weights to begin with: a file that a training has written, a folder with one "
+        "(such as tiny), or checkpoint.pt of another run")
     add("--resume", action="store_true", help="go on from the last checkpoint of the same run")
     add("--log-every", type=positive, default=50, metavar="N", help="steps between lines of log.jsonl [50]")
     add("--save-every", type=positive, default=500, metavar="N", help="steps between checkpoints and sheets [500]")
+
+
+WEIGHTS = (".safetensors", ".bin", ".pth")
+def settle_start(args, name: str, rank: int) -> None:
+    """--start FOLDER is that folder's file of this name; --rank, where nothing is said, that of what a run starts with,
+    or else `rank`."""
+    if args.start:
+        args.start = str(find_trained(args.start, name))
+    known = args.start and Path(args.start).suffix in WEIGHTS
+    args.rank = args.rank or (adapter_rank(args.start) if known else None) or rank
 
 
 FREE = ("resume", "start", "device", "data", "out", "cache", "workers", "log_every", "save_every", "checkpoint",
@@ -153,6 +165,24 @@ def ignore_signals(_) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def end_at_second_signal() -> int:
+    """From now on the second SIGINT or SIGTERM ends the process at once, in the middle of a long operation, too: a
+    thread hears of it through a pipe. Returns the pipe's end, to be closed when this is over."""
+    hears, tells = os.pipe()
+    os.set_blocking(tells, False)
+    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+
+    def listen():
+        count = 0
+        while said := os.read(hears, 64):
+            count += sum(number in (signal.SIGINT, signal.SIGTERM) for number in said)
+            if count > 1:
+                os._exit(130)
+        os.close(hears)
+    threading.Thread(target=listen, daemon=True).start()
+    return tells
+
+
 def load_batches(batches: Batches, steps: range, args) -> Iterator[list[dict]]:
     """The passes of every step in order, some steps ahead of the training."""
     ahead = dict(worker_init_fn=ignore_signals, prefetch_factor=4) if args.workers else {}
@@ -177,7 +207,7 @@ class Run:
         self.batches = Batches(draw, sizes, args)
         self.file, self.caught, self.handlers = folder / "checkpoint.pt", [], {}
         self.start, self.losses, self.rows, self.log = 0, [], [], None
-        self.sums, self.count, self.waited, self.stop = {}, 0, 0.0, False
+        self.sums, self.count, self.waited, self.stop, self.times = {}, 0, 0.0, False, []
 
     def __enter__(self):
         self.take_up()
@@ -195,11 +225,15 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self.catch)
+            self.wakeup = end_at_second_signal()
         return self
 
     def __exit__(self, kind, error, _):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.handlers:
+            signal.set_wakeup_fd(-1)
+            os.close(self.wakeup)
         with suppress(OSError):                 # of a full disk: told already
             self.log.close()
         self.seconds = time.perf_counter() - self.began
@@ -207,8 +241,6 @@ class Run:
             raise self.cannot_write(error) from None
 
     def catch(self, number, _):
-        if self.caught:
-            raise KeyboardInterrupt
         self.caught.append(number)
 
     def cannot_write(self, error: OSError) -> OSError:
@@ -222,7 +254,7 @@ class Run:
             raise ValueError(f"{self.folder} holds a run already: --resume goes on with it, or choose another --out")
         if not (resume or start):
             return
-        if start and not resume and self.load and Path(start).suffix in (".safetensors", ".bin", ".pth"):
+        if start and not resume and self.load and Path(start).suffix in WEIGHTS:
             return self.start_from(start)
         saved = read_run(self.file if resume else start, self.trained)
         if resume:
@@ -301,6 +333,9 @@ class Run:
         """A line of the log and a checkpoint, each when its time has come."""
         done = self.step + 1
         last = self.stop or done == len(self.sizes)
+        self.times.append(time.perf_counter())
+        if len(self.times) == 6 and not last:
+            self.foretell((self.times[5] - self.times[2]) / 3)
         self.sums, self.count = {k: self.sums.get(k, 0) + v for k, v in parts.items()}, self.count + 1
         if done % self.args.log_every == 0 or last:
             means = {k: v / self.count for k, v in self.sums.items()}
@@ -313,6 +348,14 @@ class Run:
         if save and is_first():
             self.save(done)
         return save and (is_first() or getattr(self.args, "shard", False))      # sharded, all draw together
+
+    def foretell(self, seconds: float) -> None:
+        """What to expect, after the first steps and before anything long."""
+        left, peak = seconds * (len(self.sizes) - self.step - 1), peak_memory(self.args.device) / 1e9
+        size, unit = (3600, "hours") if left > 3600 else (60, "minutes") if left > 60 else (1, "s")
+        if is_first():
+            self.bar.write(f"about {left / size:.1f} {unit} to go, {seconds:.2g} s a step, {peak:.1f} GB so far",
+                           file=sys.stderr)
 
     def save(self, step: int) -> None:
         buffer = io.BytesIO()                   # torch.save to a full disk is no OSError
@@ -368,8 +411,8 @@ def check_loss(loss: float, norm: float, losses: list, step: int, names: list, f
                      f"smaller --lr; {last_good(file)}")
 
 
-def finish(folder: Path, summary: dict) -> None:
-    """summary.json, and the same on stdout; scores by name a line."""
+def finish(folder: Path, summary: dict, *following) -> None:
+    """summary.json, and the same on stdout; scores by name a line; last the words of a command that may follow."""
     if not is_first():
         return
     save_json(folder / "summary.json", summary)
@@ -377,3 +420,5 @@ def finish(folder: Path, summary: dict) -> None:
     for title, scores in summary.items():
         for name, values in scores.items() if type(scores) is dict else ():
             print(f"{title.replace('_', ' ')}: {name:<24}" + ", ".join(f"{kind} {x:.3f}" for kind, x in values.items()))
+    if following:
+        print("next:", shlex.join(map(str, following)))

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -1904,6 +1905,37 @@ def test_a_signal_saves_and_stops(number, tmp_path, no_sheets, capfd):
     assert process.exitcode == 130 and saved["step"] == steps_done(tmp_path / "out") < 500
     said = capfd.readouterr().err
     assert f"stopped after step {saved['step']}" in said and "--resume" in said and "Traceback" not in said
+
+
+def test_a_second_signal_ends_a_training_at_once(tmp_path, no_sheets, monkeypatch):
+    monkeypatch.setattr(train_dit, "flow_step", lambda *_, **__: time.sleep(60))
+    process = started(a_training(tmp_path))
+    wait_for(lambda: (tmp_path / "out/dit-rgba/run.json").exists(), process)
+    time.sleep(2)
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.3)
+    process.join(5)
+    assert process.exitcode == 130
+
+
+def test_what_was_trained_is_used_by_one_flag_and_the_next_command_is_told(tmp_path, no_sheets, capsys):
+    out, arguments = tmp_path / "out", a_training(tmp_path, steps=8)
+    at = arguments.index("--rank")
+    train_dit.main(arguments[:at] + arguments[at + 2:] + ["--start", str(base())])      # rank 4, as what it starts with
+    said = capsys.readouterr()
+    caption = open_data(tmp_path / "data", 32, 5, 0).caption(0)
+    assert said.out.splitlines()[-1] == shlex.join(["next:", "python", "generate.py", caption, "--run", str(out)])
+    assert re.search(r"about [\d.]+ s to go, .* GB so far", said.err)
+    asked = settled(caption, "--run", out)
+    assert (asked.base, asked.experts[0].adapters, asked.frames) == (base(), [(str(out / DORA_FILE), 1.0)], 5)
+    assert tuple(asked.size) == (32, 32) and asked.vae_adapter == [str(base() / VAE_ADAPTER)]
+    scored = evaluate.parse_args(["dit", "--run", str(out)])
+    assert (scored.base, scored.dora, scored.frames) == (str(base()), str(out / DORA_FILE), 5)
+    assert len(load_file(out / DORA_FILE)["blocks.0.ffn.0.lora_A.default.weight"]) == 4
+    (out / DORA_FILE).unlink()
+    refuses(lambda: settled("ball", "--run", out), "not finished", "--resume")
+    refuses(lambda: settled("ball", "--run", tmp_path), "no training")
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, no_sheets, monkeypatch):
