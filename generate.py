@@ -44,7 +44,7 @@ from kit.files import TINY, find_text, find_vae, read_section, read_trained
 from kit.media import MEDIA, read_rgba, write_rgba
 from kit.memory import check_memory, choose_chunk, latent_size
 from kit.result import (check_names, check_out, folder_name, hash_weights, media, read_prompts, result_folder,
-                        save_record, told)
+                        save_record, told, warn_of_strangers)
 from kit.scale import check_ways, load_scaled
 from kit.view import is_free, write_page
 from merge import RGBAVAE, load_rgba_vae
@@ -99,6 +99,8 @@ def encode_prompts(args: argparse.Namespace) -> dict[str, Tensor]:
     texts = dict.fromkeys(prompt for prompt, _ in args.clips)
     if any(expert.guidance != 1 for expert in args.experts):
         texts[args.negative] = None
+    if words := dict.fromkeys(word for prompt, _ in args.clips for word in encoder.unknown(prompt)):
+        warnings.warn(f"this model does not know {', '.join(words)}")
     return {text: encoder([text])[0].cpu() for text in texts}       # one by one: alone or among others, equal bytes
 
 
@@ -304,6 +306,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.base}: VAE and transformer do not belong together")
     if w % step_w or h % step_h:
         raise ValueError(f"--size {w}x{h}: width must be a multiple of {step_w} pixels, height of {step_h}")
+    warn_of_strangers(args)
     check_memory(args, text, dit, vae)
 
 

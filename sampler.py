@@ -312,7 +312,10 @@ def load_mask(spec: str | None, frames: int, height: int, width: int) -> Tensor:
     if spec is None:
         return ellipse_mask(frames, height, width)
     if not os.path.isfile(spec):     # Path would raise on a long text
-        return ellipse_mask(frames, height, width, parse_ellipse(spec))
+        keys = parse_ellipse(spec)
+        if not all(0 <= place <= 1 for key in keys for place in key[1:3]):
+            raise ValueError(f"mask {spec!r}: the centre x, y lies outside the frame, which goes from 0 to 1")
+        return ellipse_mask(frames, height, width, keys)
     tensors = Checkpoint(spec).read()
     return mask_from_tensor(next(iter(tensors.values()), None), frames, height, width)
 

@@ -205,6 +205,12 @@ class TextEncoder:
         device = self.model.token_embedding.weight.device
         return ids.to(device), mask.to(device)
 
+    def unknown(self, prompt: str) -> list[str]:
+        """The words of a prompt that the tokenizer has no token for: to the model they are all the same."""
+        prompt, unk = clean_prompt(prompt), self.tokenizer.token_to_id("<unk>")
+        encoding = self.tokenizer.encode(prompt, add_special_tokens=False)
+        return [prompt[start:end] for i, (start, end) in zip(encoding.ids, encoding.offsets) if i == unk]
+
     def __call__(self, prompts: list[str]) -> list[Tensor]:
         """One context (l, d) a prompt, without its padding. Gradients flow unless torch.no_grad() says otherwise."""
         ids, mask = self.tokenize(prompts)

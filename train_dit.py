@@ -136,7 +136,8 @@ def train(args, dataset) -> None:
             return flow_step(dit, z, context, generators, mask, **options)
         summary["held_out_mse"] = held_out_mse(step_of, files[training::args.variants])
     if is_first():
-        save_tensors(Path(args.out) / DORA, stored(adapter_state(dit), args.half))
+        save_tensors(Path(args.out) / DORA, stored(adapter_state(dit), args.half),
+                     dict(vae_adapter=file_key(args.vae_adapter)))
     finish(folder, summary, "python", "generate.py", dataset.caption(0), "--run", args.out)
 
 

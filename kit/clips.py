@@ -238,7 +238,7 @@ def sprite_clip(seed: int, picture, name, size=64, frames=17) -> Clip:
 def load_sprites(folder):
     """[(uint8 (h, w, 4), name)] of the pictures in a folder that have transparency."""
     files = [path for path in sorted(Path(folder).glob("[!.]*")) if path.suffix.lower() in PICTURES]
-    pictures = [(decode(path)[0], words(path)) for path in files]
+    pictures = [(decode(path)[0], words(path.stem)) for path in files]
     sprites = [(picture, name) for picture, name in pictures if picture[..., 3].min() < 255]
     if not sprites:
         raise ValueError(f"there is no picture with transparency in {folder}; give pictures with alpha, as PNG say.")
@@ -251,6 +251,8 @@ def write_clips(folder, args):
     record = json.dumps({name: value for name, value in vars(args).items() if name != "folder"}, indent=1)
     if (folder / "data.json").exists() and (folder / "data.json").read_text() != record:
         raise ValueError(f"{folder} already holds clips made with other arguments (data.json); choose another folder.")
+    if not (folder / "data.json").exists() and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds other files; choose a new folder for procedural clips.")
     try:
         save_text(folder / "data.json", record)
     except OSError as error:

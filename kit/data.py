@@ -1,6 +1,7 @@
 """The data set: captioned RGBA clips of any folder, its files as they are, also mixed and in sub-folders.
 
-    NAME.mp4, NAME_seg.mp4          colour and matte (or _alpha, _pha, _mask, _matte), of any kind below
+    NAME.mp4, NAME_seg.mp4          colour and matte (or _alpha, _pha, _mask, _matte), of any kind below; the colour may
+                                    be NAME_rgb.mp4, too (or _fgr, _fg, _color)
     metadata.csv                    video_fgr,video_pha,prompt or video,alpha,prompt; no alpha: the file's own
     NAME.mov .webm .webp .gif .png .apng .zip, or a sub-folder NAME of PNGs: with an alpha of their own; also stills
 
@@ -28,6 +29,7 @@ from kit.files import cache_key, file_key, save_text
 from kit.media import (MATTES, MEDIA, UNEQUAL, area_size, by_number, cover, files_of, name_of, random_crop, read_pair,
                        slide, to_and_fro, to_video, words)
 
+COLOURS = ("rgb", "fgr", "fg", "color")
 COLUMNS = ("video_fgr", "video_pha", "prompt"), ("video", "alpha", "prompt")      # of a metadata.csv
 ROW = dict(name=str, bytes=int, changed=float, frames=int, height=int, width=int, opaque=float, semi=float,
            transparent=float, caption=bool, error=str)                            # of a check, see Sample.examine
@@ -45,8 +47,15 @@ class Sample:
         return Path(os.path.relpath(self.path, self.root)).as_posix()
 
     @property
+    def title(self):
+        """The file's name without its ending and, if it has a matte, without _rgb."""
+        name = name_of(self.path)
+        return next((name.removesuffix(f"_{kind}") for kind in COLOURS if self.matte and name.endswith(f"_{kind}")), name)
+
+    @property
     def text(self):
-        return self.path.with_name(name_of(self.path) + ".txt")
+        files = [self.path.with_name(f"{name}.txt") for name in (name_of(self.path), self.title)]
+        return next((file for file in files if file.exists()), files[0])
 
     @property
     def files(self):
@@ -132,13 +141,23 @@ def find_samples(folder) -> list[Sample]:
 
 
 def with_mattes(media):
-    """(medium, the matte beside it or None), of those that are no mattes."""
+    """(medium, the matte beside it or None), of those that are no mattes. ValueError: a matte without its colour."""
     paths = {stem: path for path, stem in sorted(media.items(), reverse=True)}
-    beside = {stem: [stem.with_name(f"{stem.name}_{kind}") for kind in MATTES] for stem in paths}
-    mattes = set().union(*beside.values())
+
+    def beside(stem):
+        names = [stem.name, *(stem.name.removesuffix(f"_{kind}") for kind in COLOURS if stem.name.endswith(f"_{kind}"))]
+        return [stem.with_name(f"{name}_{kind}") for name in names for kind in MATTES]
+    pairs = {path: next((paths[matte] for matte in beside(stem) if matte in paths), None)
+             for path, stem in media.items()}
+    mattes = {*pairs.values()}
     for path, stem in media.items():
-        if stem not in mattes:
-            yield path, next((paths[matte] for matte in beside[stem] if matte in paths), None)
+        if paths[stem] in mattes:
+            continue
+        kind = next((kind for kind in MATTES if stem.name.endswith(f"_{kind}")), None)
+        if kind and path.suffix.lower() in (".mp4", ".avi"):              # they have no alpha of their own
+            raise ValueError(f"{path} is named as a matte, but there is no colour {stem.name.removesuffix(f'_{kind}')} "
+                             f"beside it; rename or remove it.")
+        yield path, pairs[path]
 
 
 class RGBADataset(Dataset):
@@ -169,7 +188,7 @@ class RGBADataset(Dataset):
         return self.samples[i].name
 
     def caption(self, i) -> str:
-        return self.samples[i].written_caption() or words(self.samples[i].path)
+        return self.samples[i].written_caption() or words(self.samples[i].title)
 
     def source(self, i):
         """uint8 (rgb (t, h, w, 3), alpha (t, h, w)) of the whole clip at its own size, its hidden colour as stored."""
@@ -244,11 +263,22 @@ def check_again(dataset, file, workers) -> list[dict]:
     return rows
 
 
-def open_data(folder, size, frames, workers, cache_gb=4.0, **options) -> RGBADataset:
-    """The data set of a training, without what cannot be read; cache_gb: of all processes and workers together."""
+def refuse_opaque(folder, rows) -> None:
+    """ValueError if most clips have no transparency: a training of alpha learns nothing from them."""
+    opaque = [row["name"] for row in rows if not row["error"] and row["opaque"] == 1]
+    if 2 * len(opaque) > len(rows):
+        raise ValueError(f"{len(opaque)} of {len(rows)} clips in {folder} have no transparency at all, for instance "
+                         f"{', '.join(opaque[:3])}; put mattes beside them, such as NAME_alpha.mp4.")
+
+
+def open_data(folder, size, frames, workers, cache_gb=4.0, opaque=False, **options) -> RGBADataset:
+    """The data set of a training, without what cannot be read; cache_gb: of all processes and workers together. opaque:
+    clips without any transparency may be the most."""
     dataset = RGBADataset(folder, size, frames, cache_gb / processes() / max(1, workers), **options)
     rows = from_first(lambda: check_again(dataset, Path(folder) / ".checked.json", workers))
     refuse_many(folder, rows)
+    if not opaque:
+        refuse_opaque(folder, rows)
     skipped = [f"skipped: {row['error']}" for row in rows if row["error"]]
     if skipped:
         print(*skipped, f"skipped {len(skipped)} of {len(rows)} clips", sep="\n", file=sys.stderr)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dit import load_dit
 from kit.clips import COMBINATIONS, UNSEEN_SENTENCES, caption_of, draw_wording, held_out, procedural_clip
 from kit.command import Parser, check_device, clip_frames, number, pixels, positive, run_command, whole
-from kit.data import RGBADataset
+from kit.data import open_data
 from kit.files import (TINY, find_adapter, find_dit, find_vae, read_checkpoint, read_section, read_trained,
                        save_json)
 from kit.lpips import LPIPS
@@ -198,7 +198,7 @@ def held_out_mse(step, files: list, rounds: int = 4) -> float:
 def run_vae(args) -> None:
     out, size = Path(args.out), args.size[::-1]
     if args.data:
-        dataset = RGBADataset(args.data, size, args.frames, bled=not args.unbled)
+        dataset = open_data(args.data, size, args.frames, 0, opaque=True, bled=not args.unbled)
         title, names, clip = "clips", [dataset.name(i) for i in range(len(dataset))], dataset.clip
     else:
         title, names = "unseen clips", [f"{i:02d}" for i in range(args.clips)]

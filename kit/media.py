@@ -46,8 +46,8 @@ def name_of(path):
     return path.name if path.is_dir() else path.stem
 
 
-def words(path):
-    return re.sub("[_-]+", " ", name_of(path))
+def words(name):
+    return re.sub("[_-]+", " ", name)
 
 
 def decode_video(path):

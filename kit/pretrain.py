@@ -272,14 +272,14 @@ def run_vae(args) -> None:
         raise ValueError(f"--size {args.size} must be no smaller than the schedule's largest side, {largest}")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     begin(args, batch_sizes(phases))
-    train_vae(args, open_data(args.data, args.size or largest, frames, args.workers), phases)
+    train_vae(args, open_data(args.data, args.size or largest, frames, args.workers, opaque=True), phases)
 
 
 def run_dit(args) -> None:
     if args.dim % (2 * args.heads) or args.text_dim % 4:
         raise ValueError(f"--dim {args.dim} must be a multiple of twice --heads {args.heads}, --text-dim of 4")
     begin(args, [args.batch])
-    train_dit(args, open_data(args.data, args.size[::-1], args.frames, args.workers, keep_aspect=True))
+    train_dit(args, open_data(args.data, args.size[::-1], args.frames, args.workers, opaque=True, keep_aspect=True))
 
 
 def main(argv=None) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import torch
 from einops import repeat
 
 from kit.command import is_first, measured
-from kit.files import file_key, find_dit, find_tokenizer, save_json
+from kit.files import Checkpoint, file_key, find_dit, find_tokenizer, read_section, save_json
 from kit.media import checkerboard, over
 from text import clean_prompt
 
@@ -29,10 +30,11 @@ PACKAGES = ("numpy", "safetensors", "tokenizers", "einops", "imageio", "imageio-
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """PROMPT, or the lines of the file --prompts that are not blank."""
+    """PROMPT, or the lines of the file --prompts that are neither blank nor begin with #."""
     if (args.prompt is None) == (args.prompts is None):
         raise ValueError("give either a PROMPT, before the flags, or --prompts FILE")
-    lines = [args.prompt] if args.prompts is None else read_lines(Path(args.prompts))
+    lines = [args.prompt] if args.prompts is None else [
+        line for line in read_lines(Path(args.prompts)) if not line.lstrip().startswith("#")]
     source = "the prompt" if args.prompts is None else f"--prompts {args.prompts}"
     prompts = list(filter(None, map(clean_prompt, lines)))
     if not prompts:
@@ -48,6 +50,21 @@ def read_lines(file: Path) -> list[str]:
     except (OSError, UnicodeError):
         raise ValueError(f"--prompts {file} cannot be read; give a text file (UTF-8), one prompt a line") from None
     return text.split("\n")
+
+
+def warn_of_strangers(args: argparse.Namespace) -> None:
+    """Warnings: a size or length far from what the model was trained with; a DoRA that was trained on another adapter's
+    latents."""
+    said = read_section(args.base)
+    size, frames = said.get("size", args.size), said.get("frames", args.frames)
+    if not 0.5 <= args.size[0] * args.size[1] / (size[0] * size[1]) <= 2 or not 0.5 <= args.frames / frames <= 2:
+        warnings.warn(f"{args.base} was trained with {frames} frames of {size[0]}x{size[1]}, far from {args.frames} of "
+                      f"{args.size[0]}x{args.size[1]}; expect little of it")
+    for expert in args.experts:
+        for file, _ in expert.adapters:
+            digest = Checkpoint(file).metadata.get("vae_adapter")
+            if digest and digest != file_key(args.vae_adapter[0]):
+                warnings.warn(f"{file} was trained on the latents of another adapter than {args.vae_adapter[0]}")
 
 
 def folder_name(prompt: str, seed: int) -> str:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import weakref
 import zlib
 from argparse import Namespace
@@ -401,7 +402,8 @@ def test_sprites_move_and_keep_their_name(tmp_path):
 
 @pytest.mark.parametrize("arguments, word", [
     ("x --size=60", "16"), ("x --frames=16", "4k+1"), ("x --clips=0", "--clips"), ("x --seed=-1", "--seed"),
-    ("file/x", "cannot write"), ("x --sprites=opaque", "transparency"), ("x --sprites=nowhere", "nowhere")])
+    ("file/x", "cannot write"), ("opaque", "other files"), ("x --sprites=opaque", "transparency"),
+    ("x --sprites=nowhere", "nowhere")])
 def test_wrong_arguments_exit_with_2_and_a_sentence(arguments, word, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
@@ -687,6 +689,24 @@ def test_a_folder_is_taken_as_a_lab_has_it(tmp_path):
     refuses(lambda: read_rgba(tmp_path / "pairs/x.mp4"), "x.mp4 has", "5, 64, 64", "x_seg.mp4 has", "3, 64, 64")
 
 
+def test_pairs_are_found_by_their_names_and_what_has_no_alpha_is_refused(tmp_path):
+    clip = procedural_clip(4, size=32, frames=5, two=0)
+    for name in ("001_rgb", "b_fgr", "c"):
+        write_rgba(tmp_path / f"{name}.mp4", clip.rgb)
+        write_rgba(tmp_path / f"{name.partition('_')[0]}_pha.mp4", grey(clip.alpha))
+    (tmp_path / "b.txt").write_text("a thing")
+    found = open_data(tmp_path, 32, 5, 0)
+    assert [found.name(i) for i in range(3)] == ["001_rgb.mp4", "b_fgr.mp4", "c.mp4"]
+    assert [found.caption(i) for i in range(3)] == ["001", "a thing", "c"]
+    assert all((found.source(i)[1] == 0).any() for i in range(3))
+    for name in "defg":
+        write_rgba(tmp_path / f"{name}.mp4", clip.rgb)
+    refuses(lambda: open_data(tmp_path, 32, 5, 0), "4 of 7 clips", "no transparency", "d.mp4", "NAME_alpha.mp4")
+    assert len(open_data(tmp_path, 32, 5, 0, opaque=True)) == 7
+    write_rgba(tmp_path / "lost_alpha.mp4", grey(clip.alpha))
+    refuses(lambda: data.find_samples(tmp_path), "lost_alpha.mp4", "no colour lost")
+
+
 def test_frames_of_a_clip_are_no_stills_unless_a_csv_names_them(tmp_path, capsys):
     for name in ("a/0.png", "a/1.PNG", "a/x.mp4", "a/x_pha.mp4", "a/b/c.webm"):
         write_rgba(tmp_path / name, *procedural_clip(4, frames=1)[:2])
@@ -832,13 +852,14 @@ def test_a_check_that_cannot_go_on_is_one_sentence(tmp_path, capsys, monkeypatch
 
 def test_what_was_checked_is_read_anew_where_its_record_is_damaged(tmp_path):
     write_rgba(tmp_path / "a.png", np.zeros((1, 8, 8, 3), np.uint8))
-    file, fingerprint = tmp_path / ".checked.json", open_data(tmp_path, 8, 1, 0).fingerprint
+    file, fingerprint = tmp_path / ".checked.json", open_data(tmp_path, 8, 1, 0, opaque=True).fingerprint
     rows = json.loads(file.read_text())
     wrong = [dict(name=[]), dict(bytes={}), dict(changed="x"), dict(frames="x"), dict(error=5), dict(more=1)]
     wrong = [5, None, dict(a=1), [1], [[1]], ["name"], *([rows[0] | change] for change in wrong)]
     for content in ("", "[", "[" * 99999, *map(json.dumps, wrong)):
         file.write_text(content)
-        assert open_data(tmp_path, 8, 1, 0).fingerprint == fingerprint and json.loads(file.read_text()) == rows, content
+        assert open_data(tmp_path, 8, 1, 0, opaque=True).fingerprint == fingerprint, content
+        assert json.loads(file.read_text()) == rows
 
 
 def test_crops_hold_the_object_scale_and_slide():
@@ -1437,6 +1458,22 @@ def test_generate_takes_any_prompt_from_anywhere(tmp_path):
     (cut,) = [line for line in run.stderr.splitlines() if "cut" in line]
     assert cut.startswith("generate.py: ") and "limit 32" in cut and len(pngs(folder)) == 1
     assert all(f"\n{stage}: seconds" in run.stderr for stage in ("text", "transformer", "decode", "write"))
+
+
+def test_a_prompt_never_fails_silently(tmp_path):
+    with pytest.warns(UserWarning, match="does not know dragon, flies"):
+        generate.encode_prompts(settled("A red dragon flies"))
+    (tmp_path / "prompts").write_text("# mine\na ball\n  # no\n")
+    assert settled("--prompts", tmp_path / "prompts").clips == [("a ball", 0)]
+    for flags in ("--size 480x480", "--frames 81"):
+        with pytest.warns(UserWarning, match="trained with 5 frames of 48x32"):
+            result.warn_of_strangers(settled("ball", *flags.split()))
+    state, _ = read_checkpoint(base() / DORA_FILE)
+    for digest, warned in ((file_key(base() / VAE_ADAPTER), 0), ("other", 1)):
+        save_file(state, tmp_path / "dora.safetensors", dict(vae_adapter=digest))
+        with warnings.catch_warnings(record=True) as caught:
+            result.warn_of_strangers(settled("ball", "--dora", tmp_path / "dora.safetensors"))
+        assert len(caught) == warned
 
 
 def test_folder_names():
@@ -2098,7 +2135,7 @@ def test_renders_of_one_clip_are_all_held_out_or_none_and_opaque_clips_are_taken
     args = Namespace(base=base(), device="cpu", bf16=False, cache=str(tmp_path / "cache"))
     for name, flags in dict(clear=[], opaque=["--scenes"]).items():
         clips.main([str(tmp_path / name), "--clips", "20", "--size", "16", "--frames", "1", *flags])
-        dataset = open_data(tmp_path / name, 16, 1, 0)
+        dataset = open_data(tmp_path / name, 16, 1, 0, opaque=True)
         files, captions, training = pretrain.encode_renders(args, dataset)
         assert len({*files}) == len(files) == len(captions) and not any("transparent" in text for text in captions)
         renders = 2 if "transparent" in dataset.caption(19) else 1
@@ -2355,7 +2392,7 @@ def test_masks_are_of_whole_cells(tmp_path, size):
     *[(text, "neither") for text in ("", "0.5,0.5,0.4", "1,2,3,4,5,6", "clip.webm", "a" * 999)],
     ("0.5,0.5,0,0.4", "half axes"), ("0.5,0.5,nan,0.4", "finite"), ("0.5,0.5,1,1; 0.2,0.5,1,1", "rise"),
     ("0:0.5,0.5,1,1; 2:0.5,0.5,1,1", "rise"), ("-1:0.5,0.5,1,1", "rise"),
-    ("0.3,0.5,0.2,0.2 + 0.7,0.5,0.2,0.2", "one ellipse at a time")])
+    ("0.3,0.5,0.2,0.2 + 0.7,0.5,0.2,0.2", "one ellipse at a time"), ("1.2,0.5,0.2,0.2", "outside the frame")])
 def test_wrong_ellipses_get_one_sentence(text, word):
     refuses(lambda: load_mask(text, 17, 64, 96), word)
     refuses(lambda: ellipse_mask(17, 64, 96, [(0.5, 0.5, 0.4, 0.4)]), "half axes")
