@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit import open_dit
-from kit.command import (Parser, check_device, clip_frames, end_process_group, from_first, number, pixels, positive,
+from kit.command import (Parser, check_device, choose_threads, clip_frames, end_process_group, from_first, number, pixels, positive,
                          run_command, start_process_group)
 from kit.export import KINDS, export
 from kit.files import TINY, find_text, find_vae, read_section, read_trained
@@ -308,6 +308,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--size {w}x{h}: width must be a multiple of {step_w} pixels, height of {step_h}")
     warn_of_strangers(args)
     check_memory(args, text, dit, vae)
+    choose_threads(text, dit, vae)
 
 
 def make_mask(args: argparse.Namespace) -> Tensor | None:

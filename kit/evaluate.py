@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dit import load_dit
 from kit.clips import COMBINATIONS, UNSEEN_SENTENCES, caption_of, draw_wording, held_out, procedural_clip
-from kit.command import Parser, check_device, clip_frames, number, pixels, positive, run_command, whole
+from kit.command import Parser, check_device, choose_threads, clip_frames, number, pixels, positive, run_command, whole
 from kit.data import open_data
 from kit.files import (TINY, find_adapter, find_dit, find_vae, read_checkpoint, read_section, read_trained,
                        save_json)
@@ -207,6 +207,7 @@ def run_vae(args) -> None:
             rgb, alpha = procedural_clip(10 ** 9 + i, size, args.frames, split="test")[:2]
             return (rgb if args.unbled else bleed(rgb, alpha)), alpha
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
+    choose_threads(rgba)
     rows = evaluate_vae(rgba, map(clip, range(len(names))), args.naive, LPIPS(*args.lpips) if args.lpips else None)
     print_scores(title, rows)
     record = {"arguments": vars(args), title: dict(mean=mean_scores(rows), clips=dict(zip(names, rows))), "cells": None}
@@ -229,6 +230,7 @@ def run_dit(args) -> None:
     ellipse = partial(ellipse_mask, args.frames, *args.size[::-1])
     dit = load_dit(args.base, [(args.dora, 1.0)], device=args.device)
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
+    choose_threads(dit, rgba)
     options = dict(mean=args.mean, shift=args.shift, seed=args.seed, device=args.device)
     evaluate = partial(evaluate_dit, load_text_encoder(args.base), dit, rgba, **options)
     record = dict(arguments=vars(args), scores={}, measures={})

@@ -52,6 +52,7 @@ from kit import (ablate, adapter, batches, bench, clips, curves, data, evaluate,
                  pretrain, result, run, scale, score, view, walk)
 from kit.clips import (BACKGROUNDS, caption_of, COLORS, draw_wording, held_out, MATERIALS, MOTIONS, procedural_clip,
                        SENTENCES, SHAPES)
+from kit import command as command_line
 from kit.command import Parser, run_command
 from kit.data import open_data, RGBADataset
 from kit.files import cache_key, Checkpoint, file_key, read_checkpoint, read_json, save_json, save_tensors
@@ -2229,6 +2230,20 @@ def test_a_wrong_section_of_config_json_is_one_sentence_for_training_too(section
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | dict(generate=section)))
     refuses(lambda: train_dit.main([str(tmp_path), "--base", str(folder)]), "config.json", "generate")
+
+
+def test_a_small_model_gets_few_threads_unless_the_user_says(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    with torch.device("meta"):
+        models = nn.Linear(1000, 1000), nn.Linear(10_000, 6000), nn.Linear(10 ** 5, 10 ** 5)
+    for model in models:
+        command_line.choose_threads(model)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for model in models:
+        command_line.choose_threads(model)
+    assert chosen == [1, 3, 8]
 
 
 def test_a_command_ends_with_the_right_words(capsys):

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from dit import load_dit
-from kit.command import Parser, number, positive, run_command, whole
+from kit.command import Parser, choose_threads, number, positive, run_command, whole
 from kit.evaluate import judge_cells
 from kit.files import TINY, find_adapter, find_vae, read_section, save_text
 from kit.media import checkerboard, heat, over, to_clip, to_video
@@ -77,6 +77,7 @@ def compute(args) -> dict:
     text, rgba = load_text_encoder(args.base), load_rgba_vae(find_vae(args.base), find_adapter(args.base))
     base = load_dit(args.base)
     dit = load_dit(args.base, [(f"{args.base}/{said.get('dora', 't2v.safetensors')}", 1.0)])
+    choose_threads(dit, rgba)
     (context,), (ids, _) = text([args.prompt]), text.tokenize([args.prompt])
     tokens = [text.tokenizer.id_to_token(int(i)) for i in ids[0]]
     G = load_mask(args.mask, frames, h, w)
