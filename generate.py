@@ -384,5 +384,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    warnings.formatwarning = lambda message, *_: f"generate.py: {message}\n"
     sys.exit(run_command(main, "generate.py", "--offload, --fp8, a smaller --size or fewer --frames"))

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -188,10 +189,12 @@ def measured(stages: dict, name: str, device="cpu") -> Iterator[dict]:
 
 def run_command(main: Callable, name: str, room: str = "a smaller batch, --accumulate, --checkpoint") -> int:
     """The exit code of main(). Wrong input from outside (ValueError, OSError), too little memory and the end of
-    another process are one sentence on stderr and 2; Ctrl-C and SIGTERM 130. Any other error keeps its traceback.
+    another process are one sentence on stderr and 2; Ctrl-C and SIGTERM 130. Any other error keeps its traceback. A
+    warning is one line.
 
     room: what to try when memory was short."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before, written = signal.signal(signal.SIGTERM, signal.default_int_handler), warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"{name}: {message}\n"
     try:
         main()
         return 0
@@ -207,5 +210,6 @@ def run_command(main: Callable, name: str, room: str = "a smaller batch, --accum
             said = "another process ended, its message says why"
     finally:
         signal.signal(signal.SIGTERM, before)
+        warnings.formatwarning = written
     print(f"{name}: {said}", file=sys.stderr)
     return code

@@ -13,7 +13,9 @@ it is named and left out, more than one in ten are an error (test_bad_clips_are_
 import csv
 import json
 import os
+import re
 import sys
+import warnings
 from collections import Counter
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import nullcontext, suppress
@@ -122,22 +124,42 @@ def walk(root):
 def find_samples(folder) -> list[Sample]:
     """The clips of a folder and its sub-folders, in natural order: the rows of each metadata.csv; videos, pictures,
     .zip and sub-folders of PNGs that none names, each with the matte beside it. FileNotFoundError, ValueError."""
-    root, media, found = Path(folder), {}, []                             # media: path -> path without its ending
+    root, media, folders, found = Path(folder), {}, {}, []                # media: path -> path without its ending
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}; `python -m kit.clips {root}` makes one.")
     for path in walk(root):
         if path.name == "metadata.csv":
             found += read_csv(path, root)
         elif path.suffix.lower() == ".png" and path.parent != root:
-            media[path.parent] = path.parent
+            folders.setdefault(path.parent, []).append(path)
         elif path.suffix.lower() in MEDIA and path.is_file():
             media[path] = path.with_suffix("")
+    for top, pictures in folders.items():
+        media |= {top: top} if are_frames(pictures) else {path: path.with_suffix("") for path in pictures}
     named = {path.resolve() for sample in found for path in (sample.path, sample.matte) if path}
     named |= {path.parent for path in named}                              # then its PNGs are stills, not one clip
     found += [Sample(*pair, root=root) for pair in with_mattes(media) if pair[0].resolve() not in named]
     if not found:
         raise ValueError(f"{root} holds no clip; put videos, pictures, folders of PNGs there, each with a NAME.txt.")
     return sorted(found, key=lambda sample: by_number(sample.name))
+
+
+def are_frames(pictures: list[Path]) -> bool:
+    """Whether the PNGs of a folder are one clip: named alike but for numbers, and of one size. If not, they are stills,
+    and a warning says so."""
+    names = {re.sub(r"\d+", "", path.name.lower()) for path in pictures}
+    if len(names) == 1 and len({picture_size(path) for path in pictures}) == 1:
+        return True
+    warnings.warn(f"{pictures[0].parent}: its {len(pictures)} pictures are taken as stills, for frames of a clip would "
+                  "have numbers as names and one size")
+    return False
+
+
+def picture_size(path: Path) -> tuple[int, int] | None:
+    """Of a PNG, from its head; None of what is none, which is told when it is read."""
+    with open(path, "rb") as file:
+        head = file.read(24)
+    return (int.from_bytes(head[16:20]), int.from_bytes(head[20:24])) if head[:8] == b"\x89PNG\r\n\x1a\n" else None
 
 
 def with_mattes(media):
@@ -307,14 +329,34 @@ def summarize(rows) -> dict:
     return table
 
 
+def became(sample, row) -> str:
+    """One line on a clip: what it was taken as."""
+    if row["error"]:
+        return f"{sample.name}: left out"
+    kind = f"clip of {row['frames']} frames" if row["frames"] > 1 else "still"
+    matte = f", matte {sample.matte.name}" if sample.matte else ", opaque" if row["opaque"] == 1 else ""
+    return f"{sample.name}: {kind}, {row['width']}x{row['height']}{matte}{'' if row['caption'] else ', no caption'}"
+
+
+def ignored(folder, samples) -> list[str]:
+    """Files below a folder that no clip is made of."""
+    used = {path.resolve() for sample in samples for path in (*sample.files, sample.text)}
+    ours = ("metadata.csv", "metadata.jsonl", "data.json")
+    paths = (path for path in walk(folder) if path.resolve() not in used and path.name not in ours)
+    return sorted(Path(os.path.relpath(path, folder)).as_posix() for path in paths)
+
+
 def main(argv=None):
     parser = Parser(prog="kit.data", description="Read all clips of a folder; say what is in it and what is wrong.")
     parser.add_argument("folder", help="clips with captions, see above")
     parser.add_argument("--workers", type=whole, default=0, help="processes that read; 0: this one")
     args = parser.parse_args(argv)
-    rows = RGBADataset(args.folder).check(args.workers)
-    table = [f"{name:36}{value}" for name, value in summarize(rows).items()]
-    print("\n".join(table + [row["error"] for row in rows if row["error"]]))
+    dataset = RGBADataset(args.folder)
+    rows = dataset.check(args.workers)
+    lines = [became(sample, row) for sample, row in zip(dataset.samples, rows)]
+    lines += [f"ignored: {path}" for path in ignored(args.folder, dataset.samples)]
+    lines += [f"{name:36}{value}" for name, value in summarize(rows).items()]
+    print("\n".join(lines + [row["error"] for row in rows if row["error"]]))
     refuse_many(args.folder, rows)
 
 

@@ -708,6 +708,17 @@ def test_pairs_are_found_by_their_names_and_what_has_no_alpha_is_refused(tmp_pat
     refuses(lambda: data.find_samples(tmp_path), "lost_alpha.mp4", "no colour lost")
 
 
+def test_pictures_of_a_folder_are_a_clip_only_if_they_look_like_one(tmp_path):
+    clip = procedural_clip(4, size=32, frames=3)
+    for name in ("clip/frame_01", "clip/frame_02", "words/cat", "words/dog", "sizes/1", "sizes/2"):
+        n = 16 if name == "sizes/2" else 32
+        write_rgba(tmp_path / f"{name}.png", clip.rgb[:1, :n, :n], clip.alpha[:1, :n, :n])
+    with pytest.warns(UserWarning, match="2 pictures are taken as stills") as told:
+        found = data.find_samples(tmp_path)
+    assert [s.name for s in found] == ["clip", "sizes/1.png", "sizes/2.png", "words/cat.png", "words/dog.png"]
+    assert len(told) == 2
+
+
 def test_frames_of_a_clip_are_no_stills_unless_a_csv_names_them(tmp_path, capsys):
     for name in ("a/0.png", "a/1.PNG", "a/x.mp4", "a/x_pha.mp4", "a/b/c.webm"):
         write_rgba(tmp_path / name, *procedural_clip(4, frames=1)[:2])
@@ -808,13 +819,16 @@ def test_bad_clips_are_named_and_left_out(workers, tmp_path, capsys, monkeypatch
     write_rgba(tmp_path / "short.mp4", clip.rgb)
     write_rgba(tmp_path / "short_pha.mp4", grey(clip.alpha[:3]))
     (tmp_path / "broken.webm").write_bytes(b"no video")
+    (tmp_path / "photo.jpg").write_bytes(b"a kind that is not read")
     write_rgba(tmp_path / "latin.png", clip.rgb[:1], clip.alpha[:1])
     (tmp_path / "latin.txt").write_bytes("Bällchen".encode("latin-1"))
     write_rgba(tmp_path / "wide.png", np.zeros((1, 16, 64, 3), np.uint8))
     before = content_of(tmp_path)
     assert command_of(data)([str(tmp_path), f"--workers={workers}"]) == 0 and content_of(tmp_path) == before
     lines, pixels = capsys.readouterr().out.splitlines(), np.append([clip.alpha] * 27, [255] * (16 * 64))
-    table = {line[:36].strip(): line[36:] for line in lines[:-3]}
+    assert {"0.apng: clip of 5 frames, 32x32", "broken.webm: left out", "ignored: photo.jpg",
+            "wide.png: still, 64x16, opaque, no caption"} <= {*lines[:32]}
+    table = {line[:36].strip(): line[36:] for line in lines[32:-3]}
     assert table.pop("no transparency at all").startswith("1  (warning")
     assert table == {"clips": "31", "captions missing": "1", "pairs of unequal length or size": "1",
                      "cannot be read": "2", "height x width (clips)": "32 x 32 (27), 16 x 64 (1)",
