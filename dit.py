@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from dora import Delta, merge_tensor, parse_adapter, read_delta
+from dora import Delta, merge_tensor, parse_adapter, read_delta, reading_options
 from kit.files import Checkpoint, check_fit, find_dit, read_json
 
 
@@ -241,7 +241,7 @@ def read_deltas(file: Checkpoint, path: str | Path, state: dict, scale: float) -
     """What an adapter does to the tensors of `state`, by their names; its own are left in the file, for `read_delta`.
     ValueError unless names and shapes fit."""
     try:
-        return parse_adapter(file.meta, state, scale)
+        return parse_adapter(file.meta, state, scale, **reading_options(file, path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -23,13 +23,14 @@ import functools
 import math
 import re
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor, nn
 
-from kit.files import Checkpoint
+from kit.files import Checkpoint, read_json
 
 
 # The equations
@@ -45,9 +46,11 @@ def row_norm(weight: Tensor) -> Tensor:
     return torch.linalg.vector_norm(weight.flatten(1).float(), dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def set_row_norm(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """m W / ||W||, the norm without gradient: every output row gets the length that `magnitude` (o) says."""
-    return einsum(magnitude.float() / row_norm(weight.detach()), weight, "o, o ... -> o ...")
+def set_row_norm(weight: Tensor, magnitude: Tensor, base: Tensor | None = None) -> Tensor:
+    """m W / ||W||, the norm without gradient: every output row gets the length that `magnitude` (o) says. base: a
+    tensor whose norm stands in for W's."""
+    norm = row_norm((weight if base is None else base).detach())
+    return einsum(magnitude.float() / norm, weight, "o, o ... -> o ...")
 
 
 # Layers that train
@@ -174,35 +177,53 @@ def load_adapter_state(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 PARTS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "lora_magnitude_vector": "magnitude",
-         "magnitude_vector": "magnitude", "alpha": "alpha", "diff": "diff", "diff_b": "diff_b", "diff_m": "diff_m"}
+         "magnitude_vector": "magnitude", "dora_scale": "magnitude", "alpha": "alpha", "diff": "diff",
+         "diff_b": "diff_b", "diff_m": "diff_m"}
 FIELDS = {"diff_b": "bias", "diff_m": "modulation"}    # the layer's tensor that a part changes, if not its weight
-KEY = re.compile(r"(?:base_model\.model\.|diffusion_model\.|lora_unet_+)*(?P<layer>.+?)(?:\.conv3D)?"
+PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "pipe.dit.", "transformer.")
+KEY = re.compile(rf"(?:{'|'.join(map(re.escape, PREFIXES))}|lora_unet_+|lycoris_+)*(?P<layer>.+?)(?:\.conv3D)?"
                  rf"\.(?P<part>{'|'.join(PARTS)})(?:\.default)?(?:\.weight)?")
+DIFFUSERS = {"attn1.to_": "self_attn.", "attn2.to_": "cross_attn.", "_attn.out.0": "_attn.o",
+             "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}            # its names of a block's layers
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """An adapter's key in any dialect -> (layer, part); (key, "") if it is none. ValueError for LyCORIS's `dora_scale`.
+    """An adapter's key in any dialect -> (layer, part); (key, "") if it is none.
 
     `base_model.model.blocks.0.ffn.0.lora_A.default.weight` and `diffusion_model.blocks.0.ffn.0.lora_down.weight` are
-    (`blocks.0.ffn.0`, `down`); kohya's `lora_unet_blocks_0_ffn_0.lora_down.weight` is (`blocks_0_ffn_0`, `down`)."""
-    if "dora_scale" in key:
-        raise ValueError(f"{key} is a LyCORIS magnitude, a number per input column where DoRA has one per output row: "
-                         "it would merge wrong unnoticed, so use a file with lora_magnitude_vector")
+    (`blocks.0.ffn.0`, `down`); kohya's `lora_unet_blocks_0_ffn_0.lora_down.weight` is (`blocks_0_ffn_0`, `down`);
+    diffusers' `transformer.blocks.0.attn1.to_out.0.lora_B.weight` is (`blocks.0.self_attn.o`, `up`)."""
     match = KEY.fullmatch(key)
-    return (match["layer"], PARTS[match["part"]]) if match else (key, "")
+    if not match:
+        return key, ""
+    layer = functools.reduce(lambda name, pair: name.replace(*pair), DIFFUSERS.items(), match["layer"])
+    return layer, PARTS[match["part"]]
+
+
+def peft_scale(config: dict, layer: str) -> float:
+    """s of a layer as peft's adapter_config.json says: alpha / r, or alpha / sqrt(r) of rsLoRA; patterns name layers
+    that have others."""
+    def own(name, usual):
+        patterns = config.get(f"{name}_pattern") or {}
+        found = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer))
+        return next(found, usual)
+    rank, alpha = own("rank", config.get("r", 8)), own("alpha", config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 # Merge
 
 @dataclass
 class Delta:
-    """What an adapter does to one tensor: m (W + s B A) / ||W + s B A|| + strength * diff, as far as it has them."""
+    """What an adapter does to one tensor: m (W + s B A) / ||W + s B A|| + strength * diff, as far as it has them.
+    base_norm: divided by ||W|| instead, as ComfyUI merges."""
     strength: float = 1.0
     down: Tensor | None = None         # A (r i k..)
     up: Tensor | None = None           # B (o r 1..)
     magnitude: Tensor | None = None    # m (o), or peft's (1 o 1 1..) for a convolution
     alpha: Tensor | None = None        # s = strength * alpha / r; without alpha, s = strength
     diff: Tensor | None = None         # shaped like the tensor
+    base_norm: bool = False
     keys: dict[str, str] = field(default_factory=dict)      # of these tensors in the file, by the names above
 
     @property
@@ -219,6 +240,11 @@ class Delta:
         right = {"down": [(*rank, *inputs)], "up": [(o, *rank, *ones)], "magnitude": [(o,)], "alpha": [(), (1,)],
                  "diff": [tuple(shape)]}
         right["magnitude"] += [(1, o, *ones)] if ones else []
+        if "dora_scale" in self.keys.get("magnitude", ""):      # LyCORIS's: (1, i) is of columns, (n) may be of either
+            right["magnitude"] = [(o, *[1] * len(inputs))]
+            if given.get("magnitude") not in right["magnitude"]:
+                return {"magnitude": f"is a LyCORIS magnitude of shape {given.get('magnitude')}, but DoRA's is "
+                                     f"{right['magnitude'][0]}, one number a row: it would merge wrong unnoticed"}
         return {part: f"has shape {has}, not {right[part][0]}" for part, has in given.items() if has not in right[part]}
 
 
@@ -228,10 +254,11 @@ def raise_if(problems: list[str]) -> None:
         raise ValueError("the adapter does not fit this model: " + "; ".join(sorted(problems)[:10]) + more)
 
 
-def match_adapter(adapter: dict[str, Tensor], model: dict, strength: float = 1.0) -> tuple[dict[str, Delta], dict]:
+def match_adapter(adapter: dict[str, Tensor], model: dict, strength: float = 1.0, config: dict | None = None,
+                  base_norm: bool = False) -> tuple[dict[str, Delta], dict]:
     """What an adapter does to a model's tensors, and what is wrong with those of its keys that do not fit.
 
-    Shapes do not count where `model` has None for a tensor."""
+    Shapes do not count where `model` has None for a tensor. config: peft's (`peft_scale`); base_norm: see `Delta`."""
     flat = {name.replace(".", "_"): name for name in model}    # kohya's spelling
     deltas, problems = {}, {}
     for key, tensor in adapter.items():
@@ -241,23 +268,27 @@ def match_adapter(adapter: dict[str, Tensor], model: dict, strength: float = 1.0
         name = flat.get(f"{layer}_{parameter}", layer if layer in model else f"{layer}.{parameter}")
         if not part or name not in model:
             problems[key] = "finds no target"
-        elif part in (delta := deltas.setdefault(name, Delta(strength))).keys:
+        elif part in (delta := deltas.setdefault(name, Delta(strength, base_norm=base_norm))).keys:
             problems[key] = f"and {delta.keys[part]} are the same thing"
         else:
             delta.keys[part] = key
             setattr(delta, part, tensor)
     for name, delta in deltas.items():
+        if config and delta.down is not None and delta.alpha is None:
+            delta.strength = strength * peft_scale(config, name.removesuffix(".weight"))
         if model[name] is not None:
             problems |= {delta.keys[part]: text for part, text in delta.problems(model[name].shape).items()}
     return deltas, problems
 
 
-def parse_adapter(adapter: dict[str, Tensor], model: dict[str, Tensor], strength: float = 1.0) -> dict[str, Delta]:
+def parse_adapter(adapter: dict[str, Tensor], model: dict[str, Tensor], strength: float = 1.0,
+                  **options) -> dict[str, Delta]:
     """What an adapter file, in any dialect, does to a model's tensors: {"blocks.0.ffn.0.weight": Delta(...), ...}.
 
     Of `model`, a state dict, only names and shapes are read: meta tensors will do. ValueError, before anything is
-    merged, lists up to ten keys that find no target, lack their partner, stand twice or have the wrong shape."""
-    deltas, problems = match_adapter(adapter, model, strength)
+    merged, lists up to ten keys that find no target, lack their partner, stand twice or have the wrong shape. options:
+    those of `match_adapter`."""
+    deltas, problems = match_adapter(adapter, model, strength, **options)
     raise_if([f"{key} {text}" for key, text in problems.items()])
     return deltas
 
@@ -269,7 +300,7 @@ def merge_tensor(weight: Tensor, delta: Delta) -> Tensor:
     if delta.down is not None:
         merged = low_rank_sum(merged, delta.down, delta.up, delta.scale)
     if delta.magnitude is not None:
-        merged = set_row_norm(merged, delta.magnitude.flatten())
+        merged = set_row_norm(merged, delta.magnitude.flatten(), weight if delta.base_norm else None)
     if delta.diff is not None:
         merged = merged + delta.strength * delta.diff.float()
     return merged.to(weight.dtype)
@@ -282,6 +313,14 @@ def merge_adapter(state: dict[str, Tensor], adapter: dict[str, Tensor], scale: f
     LightX2V, 1 / r for the VAE decoders. ValueError as in `parse_adapter`."""
     deltas = parse_adapter(adapter, state, scale)
     return {name: merge_tensor(weight, deltas[name]) if name in deltas else weight for name, weight in state.items()}
+
+
+def reading_options(file: Checkpoint, path) -> dict:
+    """What stands beside an adapter's tensors: peft's adapter_config.json, and in the metadata of a file that
+    kit/adapter.py wrote for ComfyUI, that it divides by ||W||."""
+    config = Path(path).with_name("adapter_config.json")
+    return dict(config=read_json(config) if config.is_file() else None,
+                base_norm=file.metadata.get("dora_norm") == "base")
 
 
 def read_delta(delta: Delta, file: Checkpoint) -> Delta:

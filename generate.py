@@ -37,8 +37,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit import open_dit
-from kit.command import (Parser, check_device, choose_threads, clip_frames, end_process_group, from_first, number, pixels, positive,
-                         run_command, start_process_group)
+from kit.command import (Parser, check_device, choose_threads, clip_frames, end_process_group, from_first, number,
+                         pixels, positive, run_command, start_process_group)
 from kit.export import KINDS, export
 from kit.files import TINY, find_text, find_vae, read_section, read_trained
 from kit.media import MEDIA, read_rgba, write_rgba

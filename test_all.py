@@ -248,7 +248,8 @@ DIALECTS = {      # what stands before a layer's name; what after it, for A, B a
     "comfy": ("diffusion_model.", (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")),
     "causal": ("", [f".conv3D.{part}.default.weight" for part in ("lora_A", "lora_B", "magnitude_vector")]),
     "lightx2v": ("diffusion_model.", LIGHTX2V), "alpha": ("", LIGHTX2V),
-    "kohya": ("lora_unet_", LIGHTX2V), "kohya2": ("lora_unet__", LIGHTX2V)}
+    "kohya": ("lora_unet_", LIGHTX2V), "kohya2": ("lora_unet__", LIGHTX2V), "lycoris": ("lycoris_", LIGHTX2V),
+    "studio": ("pipe.dit.", LIGHTX2V), "whole": ("model.diffusion_model.", LIGHTX2V)}
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -257,7 +258,7 @@ def test_dora_every_dialect_merges_to_the_same(dialect):
     layers = [key.removesuffix(".lora_A.default.weight") for key in adapter if "lora_A" in key]
     for layer in layers:
         a, b, m = (adapter[f"{layer}.lora_{part}.default.weight"] for part in ("A", "B", "magnitude_vector"))
-        name = before + (layer.replace(".", "_") if "kohya" in dialect else layer)
+        name = before + (layer.replace(".", "_") if before.endswith("_") else layer)
         if dialect in ("alpha", "kohya", "kohya2"):
             b, respelled[f"{name}.alpha"] = 2 * b, torch.tensor(2.0)         # s = alpha / r = 2 / 4
         respelled |= {name + end: tensor for end, tensor in zip(after, (a, b, m))}

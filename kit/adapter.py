@@ -1,28 +1,39 @@
-"""What an adapter file is, and the same adapter under other names.
+"""What an adapter file is, and the same adapter as others read it.
 
-    python -m kit.adapter FILE                          dialect, kind, rank, scale; which released model it fits
-    python -m kit.adapter FILE --to peft|comfy OUT      its tensors, bit for bit, under the other key names
+    python -m kit.adapter FILE                                  dialect, kind, rank, scale; which released model it fits
+    python -m kit.adapter FILE --to official OUT.safetensors    the names of Wan-Alpha's own code, which we write, too
+    python -m kit.adapter FILE --to peft OUT                    a folder for PeftModel.from_pretrained
+    python -m kit.adapter FILE --to diffusers OUT.safetensors   for load_lora_weights
+    python -m kit.adapter FILE --to comfy OUT.safetensors --base FOLDER
+    python -m kit.adapter FILE --to merged OUT.safetensors --base FOLDER    the transformer's own weights: always safe
 
+ComfyUI divides W + s B A by the norm of W, not by its own. So for it a magnitude is written as m ||W|| / ||W + s B A||,
+which needs the base's weights and is noted in the metadata; --comfy-norm leaves it as it is, for versions that mend it.
 Reads all spellings of keys that `dora.split_key` knows. dtype: tensors keep theirs, B too when it takes in a scale.
 """
 import sys
 from collections import Counter
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dit import WAN_14B, WAN_1_3B, WanDiT
-from dora import KEY, PARTS, match_adapter, parse_adapter, split_key
+from dit import WAN_14B, WAN_1_3B, WanDiT, open_dit
+from dora import (DIFFUSERS, KEY, PARTS, low_rank_sum, match_adapter, parse_adapter, read_delta, reading_options,
+                  row_norm, split_key)
 from kit.command import Parser, run_command
-from kit.files import Checkpoint, read_checkpoint, save_tensors
+from kit.files import Checkpoint, find_dit, save_json, save_tensors
 from merge import RGBAVAE, adapter_part
 from vae import WanVAE
 
-PEFT = dict(down="lora_A", up="lora_B", magnitude="lora_magnitude_vector")
-COMFY = dict(down="lora_down.weight", up="lora_up.weight", magnitude="lora_magnitude_vector.weight", alpha="alpha",
-             weight="diff", bias="diff_b", modulation="diff_m")
-WORDS = {"peft": {part: f"{{}}.{word}.default.weight" for part, word in PEFT.items()},
-         "comfy": {part: f"diffusion_model.{{}}.{word}" for part, word in COMFY.items()}}
+LOW_RANK = dict(down="lora_A.weight", up="lora_B.weight", magnitude="lora_magnitude_vector")
+COMFY = dict(down="lora_down.weight", up="lora_up.weight", magnitude="dora_scale", alpha="alpha", weight="diff",
+             bias="diff_b", modulation="diff_m")
+OFFICIAL = dict(down="lora_A.default.weight", up="lora_B.default.weight",
+                magnitude="lora_magnitude_vector.default.weight")
+WORDS = {to: {part: f"{before}{{}}.{word}" for part, word in words.items()} for to, before, words in (
+    ("official", "", OFFICIAL), ("peft", "base_model.model.", LOW_RANK), ("diffusers", "transformer.", LOW_RANK),
+    ("comfy", "diffusion_model.", COMFY))}
 OWNERS = {"lora_unet_": "kohya", "diffusion_model.": "ComfyUI", "base_model.model.": "peft, base_model.model."}
 
 
@@ -88,34 +99,94 @@ def fold_alpha(name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
     return {part: tensor for part, tensor in parts.items() if part != "alpha"} | {"up": folded}
 
 
-def respell(adapter: dict[str, Tensor], to: str) -> dict[str, Tensor]:
-    """An adapter of Wan's transformer as peft or comfy names it; ValueError for what that has no name for."""
+def respell(adapter: dict[str, Tensor], to: str, **options) -> dict[str, Tensor]:
+    """An adapter of Wan's transformer as `to` names it; ValueError for what that has no name for. options: those of
+    `dora.match_adapter`."""
     names, result = dict.fromkeys(released_models(vae=False)["Wan 14B"]), {}
-    for name, delta in parse_adapter(adapter, names).items():
+    for name, delta in parse_adapter(adapter, names, **options).items():
         layer, _, parameter = name.rpartition(".")
-        parts = {parameter if part == "diff" else part: adapter[key] for part, key in delta.keys.items()}
+        parts = {parameter if part == "diff" else part: getattr(delta, part) for part in delta.keys}
         if parts.keys() & {"down", "up", "magnitude", "alpha"} and not parts.keys() >= {"down", "up"}:
             raise ValueError(f"{name} has {', '.join(parts)}, but not both low-rank factors")
-        if to == "peft" and "alpha" in parts:
+        if "down" in parts and delta.strength != 1:                       # peft's config says s
+            parts["alpha"] = torch.tensor(delta.strength * len(parts["down"]))
+        if to != "comfy" and "alpha" in parts:
             parts = fold_alpha(name, parts)
         if unsaid := parts.keys() - WORDS[to].keys():
             raise ValueError(f"{to} has no name for differences, as {layer} has them in its {', '.join(unsaid)}")
+        if to == "diffusers":
+            layer = diffusers_name(layer)
+        if "magnitude" in parts:
+            m = parts["magnitude"].flatten()
+            parts["magnitude"] = m[:, None] if to == "comfy" else m
         result |= {WORDS[to][part].format(layer): tensor for part, tensor in parts.items()}
     return result
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m kit.adapter", description="What an adapter file is; the same under other names.")
-    parser.add_argument("file", metavar="FILE", help="LoRA or DoRA: .safetensors, .bin, .pth or .pt")
-    parser.add_argument("--to", nargs=2, metavar=("peft|comfy", "OUT"), help="write it, so spelt, to OUT.safetensors")
-    args = parser.parse_args(argv)
-    if not args.to:
-        print(describe(args.file))
-        return
+def diffusers_name(layer: str) -> str:
+    """`blocks.0.self_attn.o` -> `blocks.0.attn1.to_out.0`."""
+    if not layer.startswith("blocks."):
+        raise ValueError(f"diffusers: only the layers of blocks are written, not {layer}")
+    for theirs, ours in reversed(DIFFUSERS.items()):
+        layer = layer.replace("_attn.o", "_attn.out.0") if ours == "_attn.o" else layer.replace(ours, theirs)
+    return layer
+
+
+def for_comfy(path: str, base: str) -> dict[str, Tensor]:
+    """An adapter with magnitudes that are right where they are divided by ||W||: m ||W|| / ||W + s B A||."""
+    file, weights = Checkpoint(path), Checkpoint(*find_dit(base))
+    deltas = parse_adapter(file.meta, weights.meta, **reading_options(file, path))
+    result = respell(file.read(), "comfy", **reading_options(file, path))
+    for name, delta in deltas.items():
+        if "magnitude" in delta.keys and not delta.base_norm:
+            delta, weight = read_delta(delta, file), weights.read([name])[name].float()
+            ratio = row_norm(weight) / row_norm(low_rank_sum(weight, delta.down, delta.up, delta.scale))
+            key = WORDS["comfy"]["magnitude"].format(name.removesuffix(".weight"))
+            result[key] = (delta.magnitude.flatten().float() * ratio)[:, None]
+    return result
+
+
+def write_peft(folder: Path, adapter: dict[str, Tensor]) -> None:
+    """adapter_model.safetensors and the adapter_config.json without which peft reads nothing."""
+    ranks = {len(tensor) for key, tensor in adapter.items() if ".lora_A." in key}
+    layers = sorted({split_key(key)[0] for key in adapter})
+    if len(ranks) != 1:
+        raise ValueError(f"peft wants one rank, not {sorted(ranks)}")
+    rank = ranks.pop()
+    save_tensors(folder / "adapter_model.safetensors", adapter)
+    save_json(folder / "adapter_config.json", dict(
+        peft_type="LORA", r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", target_modules=layers,
+        use_dora=any("magnitude" in key for key in adapter), inference_mode=True))
+
+
+def write(args) -> None:
     to, out = args.to
-    if to not in WORDS or not out.endswith(".safetensors"):
-        raise ValueError(f"--to takes peft or comfy, and a name that ends in .safetensors, not {to} {out}")
-    save_tensors(out, respell(read_checkpoint(args.file)[0], to))
+    if to not in (*WORDS, "merged") or (to != "peft") != out.endswith(".safetensors"):
+        raise ValueError(f"--to takes {', '.join(WORDS)} or merged, and a name that ends in .safetensors, for peft a "
+                         f"folder; not {to} {out}")
+    file = Checkpoint(args.file)
+    magnitudes = any(split_key(key)[1] == "magnitude" for key in file.meta)
+    if not args.base and (to == "merged" or to == "comfy" and magnitudes and not args.comfy_norm):
+        raise ValueError(f"--to {to} wants --base, the folder of the transformer that the adapter is for")
+    if to == "merged":
+        return save_tensors(out, dict(open_dit(args.base, [(args.file, 1.0)])[1]))
+    if to == "comfy" and magnitudes and not args.comfy_norm:
+        return save_tensors(out, for_comfy(args.file, args.base), dict(dora_norm="base"))
+    adapter = respell(file.read(), to, **reading_options(file, args.file))
+    if to == "peft":
+        return write_peft(Path(out), adapter)
+    save_tensors(out, adapter)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="python -m kit.adapter", description="What an adapter file is; the same as others read it.")
+    parser.add_argument("file", metavar="FILE", help="LoRA or DoRA: .safetensors, .bin, .pth or .pt")
+    parser.add_argument("--to", nargs=2, metavar=("KIND", "OUT"), help=f"write it for {', '.join(WORDS)} or merged")
+    parser.add_argument("--base", metavar="DIR", help="folder of the transformer, for comfy's magnitudes and merged")
+    parser.add_argument("--comfy-norm", action="store_true", help="magnitudes as they are, for a ComfyUI that divides "
+                        "by the norm of W + s B A")
+    args = parser.parse_args(argv)
+    write(args) if args.to else print(describe(args.file))
 
 
 if __name__ == "__main__":

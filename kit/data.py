@@ -52,7 +52,8 @@ class Sample:
     def title(self):
         """The file's name without its ending and, if it has a matte, without _rgb."""
         name = name_of(self.path)
-        return next((name.removesuffix(f"_{kind}") for kind in COLOURS if self.matte and name.endswith(f"_{kind}")), name)
+        ends = (f"_{kind}" for kind in COLOURS if self.matte and name.endswith(f"_{kind}"))
+        return name.removesuffix(next(ends, ""))
 
     @property
     def text(self):

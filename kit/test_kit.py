@@ -939,7 +939,8 @@ def test_latents_are_made_once_and_drawn_by_shape(tmp_path):
     refuses(lambda: batches.encoded(tmp_path / "file", 3, item), "choose another --cache", errors=OSError)
 
 
-ONES, PEFT = torch.ones(48), "--to peft out.safetensors"
+Q = "blocks.0.self_attn.q"
+ONES, PEFT, COMFY = torch.ones(48), "--to official out.safetensors", "--to comfy out.safetensors"
 FACTORS = {"ffn.0.lora_down.weight": named("down", (3, 48)), "ffn.0.lora_up.weight": named("up", (96, 3))}
 
 
@@ -983,21 +984,57 @@ def test_an_adapter_is_respelt_and_comes_back(tmp_path):
         part, flat = part.replace(".default", ""), "lora_unet_" + layer.replace(".", "_")
         comfy[f"diffusion_model.{layer}.lora_{part}"] = x
         given |= {f"{flat}.lora_{part}": 2 * x if part == "up.weight" else x, f"{flat}.alpha": torch.tensor(2.0)}
+    comfy = {key.replace("lora_magnitude_vector.weight", "dora_scale"): x[:, None] if x.ndim == 1 else x
+             for key, x in comfy.items()}
     more = {"diff_m": torch.ones(1, 6, 48), "norm3.diff": ONES, "ffn.2.diff_b": ONES + 1, "ffn.0.alpha": ONES[0] / 3}
     more = comfy | {f"diffusion_model.blocks.0.{name}": x for name, x in more.items()}
     source, out = str(tmp_path / "source.bin"), str(tmp_path / "out.safetensors")
-    ways = (given, "peft", peft), (peft, "comfy", comfy), (comfy, "peft", peft), (more, "comfy", more)
+    ways = (given, "official", peft), (peft, "comfy", comfy), (comfy, "official", peft), (more, "comfy", more)
     for state, to, expected in ways:
         torch.save(state, source)
-        adapter.main([source, "--to", to, out])
+        adapter.main([source, "--to", to, out, *["--comfy-norm"] * (to == "comfy")])
         torch.testing.assert_close(load_file(out), expected, rtol=0, atol=0)                # names, dtypes, bits
+
+
+@pytest.mark.parametrize("to", ["official", "peft", "diffusers", "comfy", "merged"])
+def test_an_adapter_merges_to_the_same_from_whatever_it_was_written_for(to, tmp_path):
+    out = tmp_path / ("out" if to == "peft" else "out.safetensors")
+    adapter.main([str(base() / DORA_FILE), "--to", to, str(out), "--base", str(base())])
+    before, expected = (load_dit(base(), adapters).state_dict() for adapters in ((), [(base() / DORA_FILE, 1.0)]))
+    file = out / "adapter_model.safetensors" if to == "peft" else out
+    keys = load_file(file)
+    if to == "merged":
+        return same(keys, expected)
+    torch.testing.assert_close(dict(load_dit(base(), [(file, 1.0)]).state_dict()), dict(expected), rtol=1e-5, atol=1e-5)
+    if to == "comfy":                           # as ComfyUI merges: the norm is that of the base
+        q = "diffusion_model.blocks.1.self_attn.q"
+        weight, scale = before["blocks.1.self_attn.q.weight"], keys[f"{q}.dora_scale"]
+        sum_ = weight + keys[f"{q}.lora_up.weight"] @ keys[f"{q}.lora_down.weight"]
+        close(sum_ * scale / weight.norm(dim=1, keepdim=True), expected["blocks.1.self_attn.q.weight"], 1e-5)
+    if to == "diffusers":
+        layers = {key.removeprefix("transformer.blocks.0.").partition(".lora")[0] for key in keys if "blocks.0." in key}
+        assert layers == {*(f"attn{i}.to_{name}" for i in (1, 2) for name in ("q", "k", "v", "out.0")),
+                          "ffn.net.0.proj", "ffn.net.2"}
+
+
+@pytest.mark.parametrize("change, scale", [
+    ({}, 2), (dict(use_rslora=True), 4), (dict(alpha_pattern={"self_attn.q": 2}), 0.5),
+    (dict(rank_pattern={"q": 16}), 0.5)])
+def test_the_scale_of_an_adapter_is_what_its_config_says(change, scale, tmp_path):
+    state = {f"base_model.model.{Q}.lora_{part}.weight": named(part, shape) for part, shape in
+             dict(A=(4, 48), B=(48, 4)).items()}
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    save_json(tmp_path / "adapter_config.json", dict(r=4, lora_alpha=8) | change)
+    merged = load_dit(base(), [(tmp_path / "adapter_model.safetensors", 1.0)]).state_dict()[f"{Q}.weight"]
+    product = state[f"base_model.model.{Q}.lora_B.weight"] @ state[f"base_model.model.{Q}.lora_A.weight"]
+    close(merged - load_dit(base()).state_dict()[f"{Q}.weight"], scale * product)
 
 
 @pytest.mark.parametrize("given, to, word", [
     (None, "", "there is no checkpoint file"), ({"norm3.weight": ONES}, "", "no adapter"),
-    ({"norm3.weight": ONES}, PEFT, "no target"), ({"ffn.0.dora_scale": ONES}, "", "LyCORIS magnitude"),
-    ({"ffn.0.dora_scale": ONES}, PEFT, "LyCORIS magnitude"), (FACTORS, "--to peft out.bin", "safetensors"),
-    (FACTORS, "--to diff out.safetensors", "peft or comfy"), (FACTORS | {"norm3.diff": ONES}, PEFT, "no name for diff"),
+    ({"norm3.weight": ONES}, PEFT, "no target"), (FACTORS, "--to official out.bin", "safetensors"),
+    (FACTORS | {"ffn.0.dora_scale": torch.ones(1, 48)}, COMFY, "--base"),
+    (FACTORS, "--to diff out.safetensors", "diffusers"), (FACTORS | {"norm3.diff": ONES}, PEFT, "no name for diff"),
     (FACTORS | {"ffn.0.alpha": torch.tensor(2.0)}, PEFT, "scale 0.666667"),
     (FACTORS | {"ffn.0.alpha": torch.ones(2)}, PEFT, "blocks.0.ffn.0")])
 def test_what_is_no_adapter_or_nothing_for_peft_is_one_sentence(given, to, word, tmp_path, monkeypatch):
@@ -2277,7 +2314,6 @@ def test_a_command_ends_with_the_right_words(capsys):
 
 # ---- wrong input of the method: files, adapters, sizes
 
-Q = "blocks.0.self_attn.q"
 A, B, M = (f"{Q}.lora_{part}.default.weight" for part in ("A", "B", "magnitude_vector"))
 ONE, RGB, ALPHA = torch.ones(1), torch.zeros(1, 3, 9, 16, 16), torch.zeros(1, 1, 9, 16, 16)
 
@@ -2317,10 +2353,13 @@ def test_vae_files_that_do_not_fit_name_their_keys(place, lost, extra, words, tm
 @pytest.mark.parametrize("key, shape, complaint", [
     ("blocks.7.self_attn.q.lora_A.weight", [4, 48], "no target"), (f"{Q}.lora_C.weight", [4, 48], "no target"),
     ("blocks.0.norm3.lora_B.weight", [48, 4], "without"), ("blocks.0.norm3.diff", [49], "(49,), not (48,)"),
-    (f"{Q}.dora_scale", [1, 48], "LyCORIS"), (f"{Q}.lora_A.weight", [4, 48], A), (A, [4, 47], "(4, 47), not (4, 48)"),
+    (f"{Q}.dora_scale", [1, 48], "LyCORIS"), (f"{Q}.dora_scale", [48], "LyCORIS"),
+    (f"{Q}.lora_A.weight", [4, 48], A), (A, [4, 47], "(4, 47), not (4, 48)"),
     (B, [48, 5], "(48, 5), not (48, 4)"), (M, [1, 48], "(1, 48), not (48,)")])
 def test_dora_key_without_target_is_refused(key, shape, complaint):
     adapter = dora_file() | {key: torch.ones(shape)}
+    if "dora_scale" in key:
+        del adapter[M]
     refuses(lambda: merge_adapter(tiny_dit().state_dict(), adapter), key, complaint, errors=ValueError)
 
 
