@@ -37,8 +37,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dit import open_dit
-from kit.command import (Parser, check_device, choose_threads, clip_frames, end_process_group, from_first, number,
-                         pixels, positive, run_command, start_process_group)
+from kit.command import (Parser, check_device, choose_threads, clip_frames, end_process_group, file_and_scale,
+                         from_first, number, pixels, positive, run_command, start_process_group)
 from kit.export import KINDS, export
 from kit.files import TINY, find_text, find_vae, read_section, read_trained
 from kit.media import MEDIA, read_rgba, write_rgba
@@ -50,6 +50,7 @@ from kit.view import is_free, write_page
 from merge import RGBAVAE, load_rgba_vae
 from sampler import euler, guide, load_mask, mask_from_alpha, shift_noise, shifted_sigmas, unipc
 from text import clean_prompt, load_text_encoder
+from vae import load_vae
 
 WAN = dict(size=(832, 480), frames=81, fps=16.0, steps=4, shift=5.0, guidance=1.0, mean=0.05)
 WAN_2_2 = dict(steps=40, shift=12.0, guidance=[4.0, 3.0])       # instead, where there is no distilled LoRA
@@ -164,14 +165,24 @@ def take_steps(paths: list[Iterator[Tensor]], latents: list[Tensor], steps: int,
     return None
 
 
-def decode(args: argparse.Namespace, vae: RGBAVAE, z: Tensor) -> Iterator[np.ndarray]:
-    """Straight rgb (t, h, w, 3), then alpha (t, h, w), uint8: the one can be written while the other is made."""
+def load_decoders(args: argparse.Namespace, dtype: torch.dtype = torch.float32, device: str = "cpu") -> RGBAVAE:
+    """Of colour and alpha; of a plain Wan, without an adapter, of colour alone."""
+    if args.vae_adapter:
+        return load_rgba_vae(args.vae, args.vae_adapter, dtype, device)
+    plain = RGBAVAE(load_vae(args.vae, dtype=dtype, device=device))
+    plain.vae_pha = None
+    return plain
+
+
+def decode(args: argparse.Namespace, vae: RGBAVAE, z: Tensor) -> Iterator[np.ndarray | None]:
+    """Straight rgb (t, h, w, 3), then alpha (t, h, w) or None, uint8: one can be written while the other is made."""
     def pieces(decoder, name):
         stream = decoder.decode_stream(z.to(args.vae_dtype), args.vae_chunk)
         for piece in tqdm(stream, f"decoding {name}", math.ceil(z.shape[2] / args.vae_chunk)):
             yield piece.float()
     yield to_bytes((piece + 1) / 2 for piece in pieces(vae.vae_fgr, "colour"))
-    yield to_bytes(vae.to_alpha(piece.clamp(-1, 1)) for piece in pieces(vae.vae_pha, "alpha"))[..., 0]
+    yield None if vae.vae_pha is None else to_bytes(
+        vae.to_alpha(piece.clamp(-1, 1)) for piece in pieces(vae.vae_pha, "alpha"))[..., 0]
 
 
 def to_bytes(pieces: Iterable[Tensor]) -> np.ndarray:
@@ -189,7 +200,7 @@ def finish(args: argparse.Namespace, latents: list[Tensor], stages: dict) -> Ite
             final = args.out / folder_name(prompt, seed)
             with result_folder(final) as folder, ThreadPoolExecutor() as pool:      # the encoders are processes
                 with told(stages, "decode", args.device):
-                    vae = vae or load_rgba_vae(args.vae, args.vae_adapter, args.vae_dtype, args.device)
+                    vae = vae or load_decoders(args, args.vae_dtype, args.device)
                     args.vae_chunk = args.vae_chunk or choose_chunk(args, vae.vae_fgr.config)
                     frames = decode(args, vae, z)
                     rgb = next(frames)
@@ -249,6 +260,7 @@ def settle(args: argparse.Namespace, rank: int = 0, world: int = 1, device=None)
     said |= {name: value for name, value in vars(args).items() if value is not None}
     distilled = any(said["distill"] or [])
     wan = WAN if distilled or len(folders) == 1 else WAN | WAN_2_2
+    wan |= {} if said["vae_adapter"] else dict(mean=0.0)        # a plain Wan knows no shifted noise
     args = argparse.Namespace(**vars(args) | wan | said, rank=rank, world=world)
     args.device = str(device or args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     args.text_device = args.text_device or args.device
@@ -278,7 +290,7 @@ def share_out(args: argparse.Namespace, folders: dict[Path, int]) -> list[Expert
         return values if len(values) == len(folders) else [values[0] for _ in folders]
     rows = zip(folders.items(), shares("dora", args.dora or ""), shares("distill", args.distill or ""),
                shares("guidance", args.guidance))
-    return [Expert(path, least, [(file, 1.0) for file in (dora, distill) if file], guidance)
+    return [Expert(path, least, [(file, 1.0) for file in (dora, distill) if file] + args.lora, guidance)
             for (path, least), dora, distill, guidance in rows]
 
 
@@ -290,7 +302,7 @@ def check(args: argparse.Namespace) -> None:
     if args.trim and not args.also:
         raise ValueError("--trim is about the files of --also; name some, such as --also sheet")
     if not args.vae_adapter:
-        raise ValueError(f"{args.base} names no VAE adapter; give --vae-adapter, for example decoder.bin")
+        warnings.warn("no VAE adapter is named, so this is a plain Wan: rgb.mp4 and frames, without alpha")
     check_names(args.out, args.clips)
     check_device(args.device)
     check_device(args.text_device)
@@ -298,7 +310,7 @@ def check(args: argparse.Namespace) -> None:
     for expert in args.experts:
         dit, _ = open_dit(expert.path, expert.adapters)
     check_ways(dit.config, args.offload, args.fp8, args.shard)
-    vae = load_rgba_vae(args.vae, args.vae_adapter, device="meta")
+    vae = load_decoders(args, device="meta")
     (w, h), (step_h, step_w) = args.size, [8 * p for p in dit.config.patch_size[1:]]
     if text.config.dim != dit.config.text_dim:
         raise ValueError(f"{args.base}: text encoder and transformer do not belong together")
@@ -330,10 +342,9 @@ def make_parser() -> Parser:
     parser = Parser(prog="generate.py", description="Write transparent clips from text prompts.", epilog="""
         Numbers in (parentheses) are Wan's; section "generate" of the base folder's config.json goes before them.
         Files go to OUT/WORDS-OF-THE-PROMPT-SEED: rgba.webm, rgba.mov and frames/0000.png ... with straight alpha,
-        preview.mp4 and preview.webp over a checkerboard, rgb.mp4, alpha.mp4, run.json, which says how, and index.html
-        to look at it all; several clips get one more, side by side. Where --base is Wan2.2's, with high_noise_model
-        and low_noise_model, a flag of one or two values takes them in this order.
-        Many GPUs: torchrun --nproc_per_node=N generate.py PROMPT ...""")
+        previews over a checkerboard, rgb.mp4, alpha.mp4, run.json, which says how, and index.html to look at it; several
+        clips get one more. Where --base is Wan2.2's, with high_noise_model and low_noise_model, a flag of one or two
+        values takes them in this order. Many GPUs: torchrun --nproc_per_node=N generate.py PROMPT ...""")
     finite, devices, dtypes = number(-1e6, 1e6), ("cuda", "cpu"), ("bfloat16", "float32")
     clip = parser.add_argument_group("the clip").add_argument
     clip("prompt", metavar="PROMPT", nargs="?", help="what to show; cut at the token limit")
@@ -365,6 +376,8 @@ def make_parser() -> Parser:
             "train_vae.py wrote; or two merged decoders, of colour and of alpha")
     weights("--dora", nargs="+", metavar="FILE", help="Wan-Alpha's t2v.safetensors, or what train_dit.py wrote")
     weights("--distill", nargs="+", metavar="FILE", help="LightX2V's LoRA for 4 unguided steps, merged after --dora")
+    weights("--lora", nargs="+", type=file_and_scale, default=[], metavar="FILE[:SCALE]",
+            help="more adapters, merged last, in this order")
     machine = parser.add_argument_group("machine").add_argument
     machine("--device", choices=devices, help="[cuda where there is one]")
     machine("--text-device", choices=devices, help="of the text encoder [--device]")

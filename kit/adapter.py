@@ -7,6 +7,9 @@
     python -m kit.adapter FILE --to comfy OUT.safetensors --base FOLDER
     python -m kit.adapter FILE --to merged OUT.safetensors --base FOLDER    the transformer's own weights: always safe
 
+An adapter of the VAE goes --to official OUT.bin, as *-VAE.bin of the official code, or --to merged OUT --base FOLDER:
+OUT/rgb.safetensors and OUT/alpha.safetensors, two whole VAEs as ComfyUI has them.
+
 ComfyUI divides W + s B A by the norm of W, not by its own. So for it a magnitude is written as m ||W|| / ||W + s B A||,
 which needs the base's weights and is noted in the metadata; --comfy-norm leaves it as it is, for versions that mend it.
 Reads all spellings of keys that `dora.split_key` knows. dtype: tensors keep theirs, B too when it takes in a scale.
@@ -22,8 +25,8 @@ from dit import WAN_14B, WAN_1_3B, WanDiT, open_dit
 from dora import (DIFFUSERS, KEY, PARTS, low_rank_sum, match_adapter, parse_adapter, read_delta, reading_options,
                   row_norm, split_key)
 from kit.command import Parser, run_command
-from kit.files import Checkpoint, find_dit, save_json, save_tensors
-from merge import RGBAVAE, adapter_part
+from kit.files import Checkpoint, find_dit, find_vae, replacing, save_json, save_tensors
+from merge import RGBAVAE, adapter_part, load_rgba_vae
 from vae import WanVAE
 
 LOW_RANK = dict(down="lora_A.weight", up="lora_B.weight", magnitude="lora_magnitude_vector")
@@ -159,12 +162,26 @@ def write_peft(folder: Path, adapter: dict[str, Tensor]) -> None:
         use_dora=any("magnitude" in key for key in adapter), inference_mode=True))
 
 
+def write_vae(file: Checkpoint, to: str, out: str, base: str | None) -> None:
+    if to == "official" and out.endswith(".bin"):
+        with replacing(Path(out)) as temporary:
+            torch.save(file.read(), temporary)
+    elif to == "merged" and base:
+        whole, rgba = Checkpoint(find_vae(base)), load_rgba_vae(find_vae(base), next(iter(file.files.values())))
+        for name, branch in (("rgb", rgba.vae_fgr), ("alpha", rgba.vae_pha)):
+            save_tensors(Path(out) / f"{name}.safetensors", whole.read() | branch.state_dict(), whole.metadata)
+    else:
+        raise ValueError("an adapter of the VAE goes --to official OUT.bin or --to merged OUT --base FOLDER")
+
+
 def write(args) -> None:
     to, out = args.to
+    file = Checkpoint(args.file)
+    if any(key.startswith("vae_fgr.") for key in file.meta):
+        return write_vae(file, to, out, args.base)
     if to not in (*WORDS, "merged") or (to != "peft") != out.endswith(".safetensors"):
         raise ValueError(f"--to takes {', '.join(WORDS)} or merged, and a name that ends in .safetensors, for peft a "
                          f"folder; not {to} {out}")
-    file = Checkpoint(args.file)
     magnitudes = any(split_key(key)[1] == "magnitude" for key in file.meta)
     if not args.base and (to == "merged" or to == "comfy" and magnitudes and not args.comfy_norm):
         raise ValueError(f"--to {to} wants --base, the folder of the transformer that the adapter is for")

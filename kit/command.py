@@ -72,6 +72,15 @@ def pixels(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
+def file_and_scale(text: str) -> tuple[str, float]:
+    """FILE or FILE:SCALE -> (FILE, SCALE or 1)."""
+    file, _, scale = text.rpartition(":")
+    try:
+        return (file, float(scale)) if file else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device).cpu()

@@ -63,7 +63,7 @@ def warn_of_strangers(args: argparse.Namespace) -> None:
     for expert in args.experts:
         for file, _ in expert.adapters:
             digest = Checkpoint(file).metadata.get("vae_adapter")
-            if digest and digest != file_key(args.vae_adapter[0]):
+            if digest and args.vae_adapter and digest != file_key(args.vae_adapter[0]):
                 warnings.warn(f"{file} was trained on the latents of another adapter than {args.vae_adapter[0]}")
 
 
@@ -124,8 +124,10 @@ def told(stages: dict, name: str, device: str) -> Iterator[None]:
         print(f"{name}:", ", ".join(numbers), file=sys.stderr)
 
 
-def media(rgb: np.ndarray, alpha: np.ndarray) -> dict[str, tuple]:
-    """The files of a clip that need its alpha: name -> what `write_rgba` takes."""
+def media(rgb: np.ndarray, alpha: np.ndarray | None) -> dict[str, tuple]:
+    """The files of a clip beside rgb.mp4: name -> what `write_rgba` takes. alpha None: a plain Wan's, which has none."""
+    if alpha is None:
+        return {"frames": (rgb, None)}
     preview = over(rgb, alpha, checkerboard(*alpha.shape[1:]))
     return {"rgba.mov": (rgb, alpha), "rgba.webm": (rgb, alpha), "frames": (rgb, alpha),
             "alpha.mp4": (repeat(alpha, "t h w -> t h w 3"), None),
@@ -134,7 +136,7 @@ def media(rgb: np.ndarray, alpha: np.ndarray) -> dict[str, tuple]:
 
 def hash_weights(args: argparse.Namespace) -> dict[str, str]:
     """SHA-256 of every file that the models are made of: config.json, tokenizer, weights, adapters."""
-    files = [find_tokenizer(args.base), args.text, args.vae, *args.vae_adapter]
+    files = [find_tokenizer(args.base), args.text, args.vae, *(args.vae_adapter or [])]
     for expert in args.experts:
         files += [*find_dit(expert.path), *(file for file, _ in expert.adapters)]
     configs = {folder / "config.json" for folder in (args.base, *(expert.path for expert in args.experts))}

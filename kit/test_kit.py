@@ -1080,6 +1080,10 @@ def test_a_vae_adapter_may_be_bfloat16_or_merged_already(tmp_path):
     assert half.decode(z.bfloat16())[1].dtype == torch.bfloat16
     for file, branch in zip(pair, (exact.vae_fgr, exact.vae_pha)):      # as ComfyUI has them: two whole VAEs
         save_file(vae | branch.state_dict(), file)
+    adapter.main([str(one), "--to", "merged", str(tmp_path / "out"), "--base", str(base())])
+    close(load([tmp_path / "out/rgb.safetensors", tmp_path / "out/alpha.safetensors"]).decode(z)[1], rgba.decode(z)[1])
+    adapter.main([str(base() / VAE_ADAPTER), "--to", "official", str(tmp_path / "again.bin")])
+    same(read_checkpoint(tmp_path / "again.bin")[0], lora)
     merged = load(pair)
     assert all(torch.equal(a, b) for a, b in zip(merged.decode(z), exact.decode(z)))
     assert merged.middle is None and merged.skipped == 2 * sum(name.startswith(("encoder.", "conv1.")) for name in vae)
@@ -1635,7 +1639,29 @@ def test_wan_2_2_has_numbers_of_its_own_unless_distilled(tmp_path):
     assert numbers() == (40, 12, [4, 3], [0, 0])
     assert numbers("--distill", "a.bin", "--dora", "b.bin", "") == (4, 5, [1, 1], [2, 1])
     assert numbers("--steps", 8, "--guidance", 2) == (8, 12, [2, 2], [0, 0])
-    refuses(lambda: generate.check(settled("ball", "--base", tmp_path)), "--vae-adapter")
+
+
+def test_a_plain_wan_makes_clips_without_alpha(tmp_path):
+    folder = shutil.copytree(base(), tmp_path / "plain")
+    config = read_json(folder / "config.json")
+    del config["generate"]["vae_adapter"], config["generate"]["dora"]
+    save_json(folder / "config.json", config)
+    with pytest.warns(UserWarning, match="plain Wan"):
+        made, = make(tmp_path / "out", "ball", "--base", folder)
+    assert {path.name for path in made.iterdir()} == {"rgb.mp4", "frames", "run.json", "index.html"}
+    assert (read_rgba(made / "frames")[1] == 255).all() and settled("ball", "--base", folder).mean == 0
+
+
+def test_more_adapters_are_merged_in_their_order(tmp_path):
+    files = {}
+    for name in ("one", "two"):
+        files[name] = tmp_path / f"{name}.safetensors"
+        save_file({f"blocks.0.ffn.0.{key}": named(name + key, shape) for key, shape in
+                   {"lora_A.weight": (2, 48), "lora_B.weight": (96, 2)}.items()}, files[name])
+    args = settled("ball", "--lora", f"{files['one']}:0.5", files["two"])
+    assert args.experts[0].adapters[1:] == [(str(files["one"]), 0.5), (str(files["two"]), 1.0)]
+    plain, more = sampled("ball"), sampled("ball", "--lora", f"{files['one']}:0.5")
+    far(plain, more)
 
 
 @pytest.mark.parametrize("rank, kind", [(0, ValueError), (1, SystemExit)])
