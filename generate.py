@@ -342,7 +342,7 @@ def make_parser() -> Parser:
     parser = Parser(prog="generate.py", description="Write transparent clips from text prompts.", epilog="""
         Numbers in (parentheses) are Wan's; section "generate" of the base folder's config.json goes before them.
         Files go to OUT/WORDS-OF-THE-PROMPT-SEED: rgba.webm, rgba.mov and frames/0000.png ... with straight alpha,
-        previews over a checkerboard, rgb.mp4, alpha.mp4, run.json, which says how, and index.html to look at it; several
+        previews over a checkerboard, rgb.mp4, alpha.mp4, run.json, which says how, and index.html to look at it; many
         clips get one more. Where --base is Wan2.2's, with high_noise_model and low_noise_model, a flag of one or two
         values takes them in this order. Many GPUs: torchrun --nproc_per_node=N generate.py PROMPT ...""")
     finite, devices, dtypes = number(-1e6, 1e6), ("cuda", "cpu"), ("bfloat16", "float32")

@@ -29,8 +29,8 @@ COMMANDS = {                                    # a training, but for its loop, 
             "--vae-adapter {run}/Wan-Alpha-v2-VAE.safetensors"),
     "dit": ("train_dit.py {data} --cache {out}/cache --rank 24 --lr 2e-3 --lora-plus 4 --unweighted --steps 700 "
             "--batch 16 --still-ellipse 0.5",
-            "-m kit.evaluate dit --prompts 64 --seed {seed} --device cpu --base {base} --out {run} "
-            "--dora {run}/t2v.safetensors --steps")}
+            "-m kit.evaluate dit --prompts 64 --brief --seed {seed} --device cpu --base {base} --out {run} "
+            "--dora {run}/t2v.safetensors --control 8 --steps")}
 RENDER = "--vae-adapter {out}/vae-render/{seed}/Wan-Alpha-v2-VAE.safetensors"
 TABD = "--vae-adapter {out}/vae-tabd/{seed}/Wan-Alpha-v2-VAE.safetensors"
 RUNS = {                                        # flags of both, of the training, of the evaluation
@@ -44,9 +44,9 @@ RUNS = {                                        # flags of both, of the training
     "dit-render": (RENDER, "", ""),
     "dit-tabd-0": (f"{TABD} --mean 0", "", ""),
     "dit-tabd": (TABD, "", "1 2 8 20"),         # steps of the sampler, beside 4
-    "dit-lora": (TABD, "--lora --rank 25", "--brief"),                    # 2 % more numbers than DoRA of rank 24
-    "dit-few-dora": (TABD, "", "--brief"),      # of fewer clips
-    "dit-few-lora": (TABD, "--lora --rank 25", "--brief"),
+    "dit-lora": (TABD, "--lora --rank 25", "--control 0"),                # 2 % more numbers than DoRA of rank 24
+    "dit-few-dora": (TABD, "", "--control 0"),  # of fewer clips
+    "dit-few-lora": (TABD, "--lora --rank 25", "--control 0"),
     **{f"dit-mean-{mean}": (f"{TABD} --mean {mean}", "", "") for mean in (0.05, 0.25, 0.5, 2)}}
 CLIPS = dict(many=1000, few=200)                # of each data set
 Claim = namedtuple("Claim", "text run against number sign paper")

@@ -254,8 +254,10 @@ def run_dit(args) -> None:
     if not args.brief:
         report("wordings that were never trained on", "wordings", unseen_wordings(prompts))
         free, _ = report("without an ellipse: mean 0", "mean 0", prompts, mean=0.0)
-        spreads = dict(spread=spread(clips), spread_without=spread(free))
-        record["ellipse"] = evaluate_control(evaluate, ellipse, prompts[:20], out / "ellipse.png") | spreads
+        record["ellipse"] = dict(spread=spread(clips), spread_without=spread(free))
+    if args.control:
+        control = evaluate_control(evaluate, ellipse, prompts[:args.control], out / "ellipse.png")
+        record["ellipse"] = control | record.get("ellipse", {})
         print("\nellipse and object:", ", ".join(f"{name} {value:.3f}" for name, value in record["ellipse"].items()))
     save_json(out / "eval.json", record)
 
@@ -315,7 +317,8 @@ def parse_args(argv=None):
     dit("--dora", metavar="FILE", help="the adapter [t2v.safetensors in --base]")
     dit("--prompts", type=positive, default=200, metavar="N", help="how many unseen prompts [200]")
     dit("--steps", type=positive, nargs="*", default=[1, 2, 8, 20], metavar="N", help="to try besides 4 [1 2 8 20]")
-    dit("--brief", action="store_true", help="without the mean shift off and without moving the ellipse")
+    dit("--brief", action="store_true", help="without other wordings, without the mean shift off")
+    dit("--control", type=whole, metavar="N", help="prompts whose ellipse is moved [20; 0 with --brief]")
     dit("--mean", type=number(-10, 10), metavar="MU", help="mean of noise outside the ellipse [as --size, or 0.05]")
     dit("--shift", type=number(0.01, 1000), metavar="S", help="of the noise levels [as --size, or 5]")
     dit("--seed", type=whole, default=0, metavar="N", help="of the noise [0]")
@@ -333,6 +336,7 @@ def settle(args):
             setattr(args, name, said[name])
     args.vae_adapter = args.vae_adapter or trained.get("vae_adapter") or str(find_adapter(args.base))
     if args.model == "dit":
+        args.control = (0 if args.brief else 20) if args.control is None else args.control
         args.dora = args.dora or trained.get("dora") or f"{args.base}/t2v.safetensors"
     return args
 
