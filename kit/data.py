@@ -2,7 +2,7 @@
 
     NAME.mp4, NAME_seg.mp4          colour and matte (or _alpha, _pha, _mask, _matte), of any kind below; the colour may
                                     be NAME_rgb.mp4, too (or _fgr, _fg, _color)
-    metadata.csv                    video_fgr,video_pha,prompt or video,alpha,prompt; no alpha: the file's own
+    metadata.csv                    video,alpha,prompt, or as others call them (COLUMNS); no alpha: the file's own
     NAME.mov .webm .webp .gif .png .apng .zip, or a sub-folder NAME of PNGs: with an alpha of their own; also stills
 
 Each caption is in NAME.txt. The official loader replaces a file it cannot read by another sample without a word: here
@@ -32,7 +32,8 @@ from kit.media import (MATTES, MEDIA, UNEQUAL, area_size, by_number, cover, file
                        slide, to_and_fro, to_video, words)
 
 COLOURS = ("rgb", "fgr", "fg", "color")
-COLUMNS = ("video_fgr", "video_pha", "prompt"), ("video", "alpha", "prompt")      # of a metadata.csv
+COLUMNS = dict(video=("video", "video_fgr", "fgr", "rgb", "file_name", "file", "path"),             # of a metadata.csv,
+               alpha=("alpha", "video_pha", "pha", "mask", "matte"), prompt=("prompt", "caption", "text"))  # as spelt
 ROW = dict(name=str, bytes=int, changed=float, frames=int, height=int, width=int, opaque=float, semi=float,
            transparent=float, caption=bool, error=str)                            # of a check, see Sample.examine
 
@@ -95,16 +96,17 @@ def read_csv(path, root) -> list[Sample]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file, restval="")
-            lines = list(table)
-            columns = next((c for c in COLUMNS if {*c} <= {*(table.fieldnames or ())}), ())
+            lines, names = list(table), table.fieldnames or ()
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no CSV table in UTF-8; save it as one.") from error
-    rows = [row for row in ([line[c].strip() for c in columns] for line in lines) if any(row)]
-    faults = {"columns": not columns, "rows": not rows, "a video in a row": not all(video for video, _, _ in rows)}
+    columns = [next((name for name in spellings if name in names), None) for spellings in COLUMNS.values()]
+    rows = [row for row in ([line[c].strip() if c else "" for c in columns] for line in lines) if any(row)]
+    faults = {"a column of videos": not columns[0], "rows": not rows,
+              "a video in a row": not all(video for video, _, _ in rows)}
     lacks = next((name for name, missing in faults.items() if missing), None)
     if lacks:
-        raise ValueError(f"{path} lacks {lacks}; its first line is to be {' or '.join(map(','.join, COLUMNS))}, each "
-                         "other line a clip.")
+        raise ValueError(f"{path} lacks {lacks}; its first line names columns, video and, if there are, alpha and "
+                         "prompt (or as others call them, such as video_fgr,video_pha), each other line is a clip.")
     if any(None in line for line in lines):
         raise ValueError(f"{path} has a line of more cells than its first one; put text with a comma in quotes.")
     return [Sample(path.parent / video, path.parent / matte if matte else None, caption or None, root)
@@ -201,7 +203,11 @@ class RGBADataset(Dataset):
 
     @property
     def training(self) -> int:
-        return len(self) - min(8, len(self) // 20)                        # clips: the last 5 % do not train, at most 8
+        """How many clips train: the last 5 % do not, at most 8, and none that is of the same file as one that does."""
+        n = len(self) - min(8, len(self) // 20)
+        while 0 < n < len(self) and self.samples[n].path == self.samples[n - 1].path:
+            n -= 1
+        return n or len(self)
 
     def held_out(self, n: int = 8) -> list[int]:
         """The first n that do not train; of a set too small to hold any out, clips that train."""

@@ -728,12 +728,15 @@ def test_frames_of_a_clip_are_no_stills_unless_a_csv_names_them(tmp_path, capsys
     assert len(read_pair(found[0].path, None)[0]) == 2
     (tmp_path / "metadata.csv").write_text("video,alpha,prompt\na/1.PNG,,one\na/0.png,,zero\n")
     assert [s.name for s in data.find_samples(tmp_path)] == ["a/0.png", "a/1.PNG", "a/b/c.webm", "a/x.mp4"]
+    (tmp_path / "metadata.csv").write_text("file_name,text\n" + 38 * "a/1.PNG,x\n" + 2 * "a/x.mp4,y\n")
+    assert RGBADataset(tmp_path).training == 39 and RGBADataset(tmp_path).caption(39) == "y"        # of 41; 40 and 41
     (tmp_path / "metadata.csv").write_text("video,alpha,prompt\n" + 20 * "a/0.png,,x\n" + "a/0.png,lost.mp4,y\n")
     assert len(open_data(tmp_path, 64, 1, 0)) == 22 and "lost.mp4" in capsys.readouterr().err     # of 20 and 2 others
 
 
 @pytest.mark.parametrize("content, word", [
-    (b"", "columns"), (b"file_name,text\na.mp4,b\n", "columns"), (b"video;alpha;prompt\na;b;c, d\n", "columns"),
+    (b"", "column of videos"), (b"sound,text\na.mp4,b\n", "column of videos"),
+    (b"video;alpha;prompt\na;b;c, d\n", "column of videos"),
     (b"video,alpha,prompt\n", "lacks rows"), (b"video,alpha,prompt\n,,\n\n", "lacks rows"),
     (b"video,alpha,prompt\n,a.mp4,b\n", "lacks a video in a row"), (b"video,alpha,prompt\na,,b,c\n", "more cells"),
     ("video,alpha,prompt\na,,ä\n".encode("latin-1"), "UTF-8"), (b"video,alpha,prompt\na,," + b"b" * 200_000, "UTF-8")])
