@@ -221,8 +221,9 @@ def read_config(path: Path, meta: dict[str, Tensor]) -> DiTConfig:
                       num_heads={c.dim: c.num_heads for c in (WAN_1_3B, WAN_14B)}.get(dim))
     except (KeyError, IndexError, ValueError):
         raise ValueError(f"{path} is not a Wan DiT: its tensors are others") from None
-    file = (path if path.is_dir() else path.parent) / "config.json"
+    file = find_dit(path)[0].parent / "config.json"
     said = read_json(file) if file.is_file() else {}
+    said |= {"num_heads": said["num_attention_heads"]} if "num_attention_heads" in said else {}      # as diffusers has it
     config |= {f.name: said[f.name] for f in fields(DiTConfig) if f.name in said and f.name != "patch_size"}
     if config["num_heads"] is None:
         raise ValueError(f"the number of heads of {path} is not known: put it as num_heads into {file}")

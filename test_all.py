@@ -800,7 +800,7 @@ def restarted(n):
 
 # ---- the house: floors, and what runs by itself
 
-FLOORS = [{"kit.files", "kit.command", "kit.media", "kit.curves", "kit.drawing"}, {"kit.run", "kit.clips"},
+FLOORS = [{"kit.files", "kit.command", "kit.media", "kit.curves", "kit.drawing", "kit.spellings"}, {"kit.run", "kit.clips"},
           {"vae", "dora", "text", "losses", "sampler"}, {"dit", "merge"},
           {"kit.data", "kit.scale", "kit.memory", "kit.result", "kit.score", "kit.lpips", "kit.view", "kit.export"},
           {"kit.batches", "kit.evaluate"},

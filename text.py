@@ -22,7 +22,7 @@ from einops import rearrange
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from kit.files import Checkpoint, check_fit, find_text, find_tokenizer, read_json
+from kit.files import Checkpoint, check_fit, find_text, find_tokenizer, read_json, shards
 
 
 @dataclass
@@ -226,41 +226,26 @@ def t5_config(meta: dict[str, Tensor]) -> T5Config:
     return T5Config(vocab, dim, dim_attn, dim_ffn, heads, layers, buckets)
 
 
-def find_scales(meta: dict[str, Tensor], names) -> dict[str, str]:
-    """For each weight in fp8 the name of its scale, one number: `blocks.0.attn.q.scale_weight`, as ComfyUI has them."""
-    scales = {name: name.removesuffix("weight") + "scale_weight" for name in names if name.startswith("blocks.")}
-    return {name: scale for name, scale in scales.items() if scale in meta and tuple(meta[scale].shape) in ((), (1,))}
-
-
 def read_umt5(path: Path, dtype: torch.dtype, device) -> UMT5:
     """The encoder in that file, its sizes read from its tensors. ValueError lists up to ten keys that do not fit.
 
-    A block's weights in fp8 may have a scale each; what else ComfyUI's files hold, `scaled_fp8` and `scale_input`,
-    concerns fp8 products alone. Read block by block, so that no more than one is held twice; for meta nothing is read.
+    Read block by block, so that no more than one is held twice; for meta nothing is read.
     """
-    file = Checkpoint(path)
+    file = Checkpoint(*(shards(path) if path.suffix == ".json" else [path]))
     try:
         with torch.device("meta"):
             model = UMT5(t5_config(file.meta))
     except (KeyError, ValueError):
         raise ValueError(f"{path} is not a umT5 encoder: its tensors are others") from None
     expected = model.state_dict()
-    scales = find_scales(file.meta, expected)
-    extra = {"scaled_fp8", *scales.values(), *(scale.replace("weight", "input") for scale in scales.values())}
-    check_fit(path, expected, {name: x for name, x in file.meta.items() if name not in extra}, "a umT5 encoder")
+    check_fit(path, expected, file.meta, "a umT5 encoder")
     if str(device) == "meta":
         return model
     blocks, state = {}, {}
     for name in expected:
         blocks.setdefault(name.split(".")[1], []).append(name)      # by their number; the rest has none: "weight"
     for names in blocks.values():
-        tensors = file.read(names + [scales[name] for name in names if name in scales])
-        for name in names:
-            tensor = tensors[name].to(device)
-            if name in scales:
-                tensor = tensor.float() * tensors[scales[name]].to(device).float()
-            state[name] = tensor.to(dtype)
-        del tensors, tensor
+        state |= {name: tensor.to(device, dtype) for name, tensor in file.read(names).items()}
     model.load_state_dict(state, assign=True)
     return model
 
@@ -297,6 +282,7 @@ def load_text_encoder(path: str | Path, dtype: torch.dtype = torch.float32, devi
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
+    folder = folder.parent if folder.name == "text_encoder" else folder
     path = find_text(path) if path.is_dir() else path
     tokenizer = read_tokenizer(find_tokenizer(folder))
     model = read_umt5(path, dtype, device)

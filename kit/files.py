@@ -21,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from kit.spellings import SCALES, wan_names
+
 
 @contextmanager
 def replacing(path):
@@ -74,7 +76,8 @@ class Checkpoint:
     """The tensors of one file, or of several as one (shards). `meta` tells their names and shapes, as meta tensors;
     `read` brings them. A pickle that is one bare tensor holds it under the name "".
 
-    A file is mapped anew by each `read`, so that its pages are given back with the tensors."""
+    Models are read under Wan's names, however they are spelt (kit/spellings.py), and a block's weight in fp8 with its
+    scale, a number or one a row, as float32. A file is mapped anew by each `read`, so that its pages are given back."""
 
     def __init__(self, *paths):
         self.meta, self.metadata, self.files = {}, {}, {}
@@ -86,14 +89,35 @@ class Checkpoint:
             self.meta |= tensors
             self.metadata |= metadata
             self.files |= dict.fromkeys(tensors, path)
+        self.own = {ours: own for own, ours in wan_names(self.meta).items()}      # Wan's name -> the file's
+        self.scales = find_scales({ours: self.meta[own] for ours, own in self.own.items()})
+        extra = {name for names in self.scales.values() for name in names}
+        self.meta = {ours: self.meta[own] for ours, own in self.own.items() if ours not in extra}
 
     def read(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """The tensors of these names, or all, in this order."""
-        names, found = list(self.files if names is None else names), {}
-        for path in dict.fromkeys(self.files[name] for name in names):
+        names, found = list(self.meta if names is None else names), {}
+        wanted = [self.own[name] for name in names] + [self.own[self.scales[n][0]] for n in names if n in self.scales]
+        for path in dict.fromkeys(self.files[name] for name in wanted):
             with reading(path):
-                found |= open_file(path, [name for name in names if self.files[name] == path])[0]
-        return {name: found[name] for name in names}
+                found |= open_file(path, [name for name in wanted if self.files[name] == path])[0]
+        for name in names:
+            if name in self.scales:
+                scale = found[self.own[self.scales[name][0]]].float().flatten()[:, None]
+                found[self.own[name]] = found[self.own[name]].float() * scale
+        return {name: found[self.own[name]] for name in names}
+
+
+def find_scales(meta: dict[str, Tensor]) -> dict[str, list[str]]:
+    """For each weight of a block that has one, the names of its scale and, if it has that, of its input's scale."""
+    found = {}
+    for name, weight in meta.items():
+        if name.startswith("blocks.") and name.endswith(".weight") and weight.ndim == 2:
+            layer = name.removesuffix("weight")
+            scale, inputs = (next((layer + word for word in words if layer + word in meta), None) for words in SCALES)
+            if scale and meta[scale].numel() in (1, len(weight)):
+                found[name] = [name for name in (scale, inputs) if name]
+    return found
 
 
 @contextmanager
@@ -158,8 +182,19 @@ def either(folder, name: str, other: str = ".pth") -> Path:
     return released if released.is_file() and not file.is_file() else file
 
 
-find_vae = partial(either, name="Wan2.1_VAE")
-find_text = partial(either, name="models_t5_umt5-xxl-enc-bf16")
+def find_vae(folder) -> Path:
+    """Wan's file, or the one of a folder as diffusers has it."""
+    theirs, wan = Path(folder) / "vae/diffusion_pytorch_model.safetensors", either(folder, "Wan2.1_VAE")
+    return theirs if theirs.is_file() and not wan.is_file() else wan
+
+
+def find_text(folder) -> Path:
+    """Wan's file, or the one of a folder as diffusers has it, or the index of its shards."""
+    wan = either(folder, "models_t5_umt5-xxl-enc-bf16")
+    theirs = (Path(folder) / "text_encoder" / name for name in ("model.safetensors", "model.safetensors.index.json"))
+    return wan if wan.is_file() else next((file for file in theirs if file.is_file()), wan)
+
+
 find_adapter = partial(either, name="Wan-Alpha-v2-VAE", other=".bin")
 
 
@@ -175,19 +210,27 @@ def adapter_rank(path) -> int | None:
 
 
 def find_tokenizer(folder) -> Path:
-    return Path(folder) / "google/umt5-xxl/tokenizer.json"
+    wan, theirs = Path(folder) / "google/umt5-xxl/tokenizer.json", Path(folder) / "tokenizer/tokenizer.json"
+    return theirs if theirs.is_file() and not wan.is_file() else wan
 
 
 def find_dit(path) -> list[Path]:
-    """The files of a transformer: the path itself, a folder's one file, or the shards that its index names."""
+    """The files of a transformer: the path itself, a folder's one file, or the shards that its index names; in a folder
+    as diffusers has it, those in transformer/."""
     path = Path(path)
+    path = path / "transformer" if (path / "transformer").is_dir() else path
     index = path / "diffusion_pytorch_model.safetensors.index.json"
-    if not index.is_file():
-        return [path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path]
+    if index.is_file():
+        return shards(index)
+    return [path / "diffusion_pytorch_model.safetensors" if path.is_dir() else path]
+
+
+def shards(index: Path) -> list[Path]:
+    """The files that an index names."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{index} names no shards: download it again")
-    return sorted({path / name for name in names.values()})
+    return sorted({index.parent / name for name in names.values()})
 
 
 def read_json(path) -> dict:
