@@ -223,7 +223,7 @@ def read_config(path: Path, meta: dict[str, Tensor]) -> DiTConfig:
         raise ValueError(f"{path} is not a Wan DiT: its tensors are others") from None
     file = find_dit(path)[0].parent / "config.json"
     said = read_json(file) if file.is_file() else {}
-    said |= {"num_heads": said["num_attention_heads"]} if "num_attention_heads" in said else {}      # as diffusers has it
+    said |= {"num_heads": said["num_attention_heads"]} if "num_attention_heads" in said else {}      # diffusers' word
     config |= {f.name: said[f.name] for f in fields(DiTConfig) if f.name in said and f.name != "patch_size"}
     if config["num_heads"] is None:
         raise ValueError(f"the number of heads of {path} is not known: put it as num_heads into {file}")

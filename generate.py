@@ -19,13 +19,11 @@ pixels become uint8 as they are decoded.
 import argparse
 import gc
 import math
-import os
 import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,36 +34,18 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from dit import open_dit
-from kit.command import (Parser, check_device, choose_threads, clip_frames, end_process_group, file_and_scale,
-                         from_first, number, pixels, positive, run_command, start_process_group)
+from kit.command import (Parser, clip_frames, end_process_group, file_and_scale, from_first, number, pixels, positive,
+                         run_command, start_process_group)
 from kit.export import KINDS, export
-from kit.files import TINY, find_text, find_vae, read_section, read_trained
-from kit.media import MEDIA, read_rgba, write_rgba
-from kit.memory import check_memory, choose_chunk, latent_size
-from kit.result import (check_names, check_out, folder_name, hash_weights, media, read_prompts, result_folder,
-                        save_record, told, warn_of_strangers)
-from kit.scale import check_ways, load_scaled
+from kit.media import write_rgba
+from kit.memory import choose_chunk, latent_size
+from kit.request import NEGATIVE, prepare
+from kit.result import folder_name, hash_weights, media, result_folder, save_record, told
+from kit.scale import load_scaled
 from kit.view import is_free, write_page
 from merge import RGBAVAE, load_rgba_vae
-from sampler import euler, guide, load_mask, mask_from_alpha, shift_noise, shifted_sigmas, unipc
-from text import clean_prompt, load_text_encoder
-from vae import load_vae
-
-WAN = dict(size=(832, 480), frames=81, fps=16.0, steps=4, shift=5.0, guidance=1.0, mean=0.05)
-WAN_2_2 = dict(steps=40, shift=12.0, guidance=[4.0, 3.0])       # instead, where there is no distilled LoRA
-EXPERTS = dict(high_noise_model=875, low_noise_model=0)         # folders of Wan2.2: the lowest model time of each
-NEGATIVE = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
-            "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
-
-
-@dataclass
-class Expert:
-    """A transformer and the noise levels that are its own: model times t from `least` (of 1000) on."""
-    path: Path
-    least: int
-    adapters: list              # (file, scale), merged in this order: DoRA and LoRA do not commute
-    guidance: float
+from sampler import euler, guide, shift_noise, shifted_sigmas, unipc
+from text import load_text_encoder
 
 
 # ---- from prompt to files
@@ -96,7 +76,7 @@ def generate(args: argparse.Namespace) -> Iterator[Path]:
 
 def encode_prompts(args: argparse.Namespace) -> dict[str, Tensor]:
     """The context (l d) of every prompt and, only where guidance asks for it, of the negative one."""
-    encoder = load_text_encoder(args.text, args.dtype, args.text_device)
+    encoder = load_text_encoder(args.text, args.dtype, args.text_device, args.base)
     texts = dict.fromkeys(prompt for prompt, _ in args.clips)
     if any(expert.guidance != 1 for expert in args.experts):
         texts[args.negative] = None
@@ -165,15 +145,6 @@ def take_steps(paths: list[Iterator[Tensor]], latents: list[Tensor], steps: int,
     return None
 
 
-def load_decoders(args: argparse.Namespace, dtype: torch.dtype = torch.float32, device: str = "cpu") -> RGBAVAE:
-    """Of colour and alpha; of a plain Wan, without an adapter, of colour alone."""
-    if args.vae_adapter:
-        return load_rgba_vae(args.vae, args.vae_adapter, dtype, device)
-    plain = RGBAVAE(load_vae(args.vae, dtype=dtype, device=device))
-    plain.vae_pha = None
-    return plain
-
-
 def decode(args: argparse.Namespace, vae: RGBAVAE, z: Tensor) -> Iterator[np.ndarray | None]:
     """Straight rgb (t, h, w, 3), then alpha (t, h, w) or None, uint8: one can be written while the other is made."""
     def pieces(decoder, name):
@@ -200,7 +171,7 @@ def finish(args: argparse.Namespace, latents: list[Tensor], stages: dict) -> Ite
             final = args.out / folder_name(prompt, seed)
             with result_folder(final) as folder, ThreadPoolExecutor() as pool:      # the encoders are processes
                 with told(stages, "decode", args.device):
-                    vae = vae or load_decoders(args, args.vae_dtype, args.device)
+                    vae = vae or load_rgba_vae(args.vae, args.vae_adapter, args.vae_dtype, args.device)
                     args.vae_chunk = args.vae_chunk or choose_chunk(args, vae.vae_fgr.config)
                     frames = decode(args, vae, z)
                     rgb = next(frames)
@@ -218,121 +189,6 @@ def finish(args: argparse.Namespace, latents: list[Tensor], stages: dict) -> Ite
             yield final
     if len(done) > 1 and is_free(args.out / "index.html"):
         write_page(args.out / "index.html", done)
-
-
-# ---- what is asked for
-
-
-def prepare(args: argparse.Namespace, rank: int, world: int, device) -> tuple[argparse.Namespace, Tensor | None]:
-    """All that is asked for, settled and checked, and the mask. If that fails in one of several processes, none goes on
-    to wait for the others: all end, and the first says why."""
-    mask = error = None
-    try:
-        args = settle(args, rank, world, device)
-        check(args)
-        mask = make_mask(args)
-        if rank == 0:
-            check_out(args.out)
-    except (ValueError, OSError) as problem:
-        error = problem
-    errors = [error] * world
-    if world > 1:
-        torch.distributed.all_gather_object(errors, error)
-    for error in filter(None, errors):
-        raise error if rank == 0 else SystemExit(2)
-    return args, mask
-
-
-def settle(args: argparse.Namespace, rank: int = 0, world: int = 1, device=None) -> argparse.Namespace:
-    """What the command line left open: from --run's trainings, section "generate" of the base folder's config.json, or
-    else Wan's numbers.
-
-    rank, world, device: which of how many processes this is, and the GPU that is its own."""
-    trained = read_trained(args.run) if args.run else {}
-    base = Path(args.base or trained.get("base") or TINY)
-    folders = find_experts(base)
-    if base in folders and not (base / "config.json").is_file():
-        raise FileNotFoundError(f"there is no {base / 'config.json'}; give --base a folder like Wan2.1-T2V-14B")
-    said = read_section(base)
-    for name in ("vae_adapter", "dora", "distill"):
-        said[name] = [str(base / said[name])] if said.get(name) else None
-    said |= {name: [value] if name in ("vae_adapter", "dora") else value for name, value in trained.items()}
-    said |= {name: value for name, value in vars(args).items() if value is not None}
-    distilled = any(said["distill"] or [])
-    wan = WAN if distilled or len(folders) == 1 else WAN | WAN_2_2
-    wan |= {} if said["vae_adapter"] else dict(mean=0.0)        # a plain Wan knows no shifted noise
-    args = argparse.Namespace(**vars(args) | wan | said, rank=rank, world=world)
-    args.device = str(device or args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    args.text_device = args.text_device or args.device
-    usual = "float32" if args.device == "cpu" else "bfloat16"
-    args.dtype, args.vae_dtype = getattr(torch, args.dtype or usual), getattr(torch, args.vae_dtype or usual)
-    args.base, args.out = base, Path(args.out)
-    args.clips = [(prompt, seed) for prompt in read_prompts(args) for seed in args.seed]
-    args.prompt, args.negative = args.clips[0][0], clean_prompt(args.negative)
-    args.text, args.vae = find_text(base), find_vae(base)
-    args.experts = share_out(args, folders)
-    return args
-
-
-def find_experts(base: Path) -> dict[Path, int]:
-    """Folders of the transformers and the lowest model time of each: Wan2.1 has one, Wan2.2 two."""
-    folders = {base / name: least for name, least in EXPERTS.items()}
-    return folders if any(folder.is_dir() for folder in folders) else {base: 0}
-
-
-def share_out(args: argparse.Namespace, folders: dict[Path, int]) -> list[Expert]:
-    """The transformers, each with its share of the flags that take one value for all or one each."""
-    def shares(name, values):
-        values = values if isinstance(values, list) else [values]
-        if len(values) > len(folders):
-            raise ValueError(f"--{name} has {len(values)} values, but {args.base} has {len(folders)} transformers to "
-                             "take one each")
-        return values if len(values) == len(folders) else [values[0] for _ in folders]
-    rows = zip(folders.items(), shares("dora", args.dora or ""), shares("distill", args.distill or ""),
-               shares("guidance", args.guidance))
-    return [Expert(path, least, [(file, 1.0) for file in (dora, distill) if file] + args.lora, guidance)
-            for (path, least), dora, distill, guidance in rows]
-
-
-def check(args: argparse.Namespace) -> None:
-    """ValueError or FileNotFoundError, before any long work, for numbers out of range, for weights that do not fit
-    together and for too little memory: all models are loaded onto the meta device, where they are names and shapes."""
-    if min(args.seed) < 0 or max(args.seed) >= 2 ** 63:
-        raise ValueError(f"--seed {' '.join(map(str, args.seed))} is not between 0 and 2^63 - 1")
-    if args.trim and not args.also:
-        raise ValueError("--trim is about the files of --also; name some, such as --also sheet")
-    if not args.vae_adapter:
-        warnings.warn("no VAE adapter is named, so this is a plain Wan: rgb.mp4 and frames, without alpha")
-    check_names(args.out, args.clips)
-    check_device(args.device)
-    check_device(args.text_device)
-    text = load_text_encoder(args.text, device="meta").model
-    for expert in args.experts:
-        dit, _ = open_dit(expert.path, expert.adapters)
-    check_ways(dit.config, args.offload, args.fp8, args.shard)
-    vae = load_decoders(args, device="meta")
-    (w, h), (step_h, step_w) = args.size, [8 * p for p in dit.config.patch_size[1:]]
-    if text.config.dim != dit.config.text_dim:
-        raise ValueError(f"{args.base}: text encoder and transformer do not belong together")
-    if vae.vae_fgr.config.z_dim != dit.config.in_dim:
-        raise ValueError(f"{args.base}: VAE and transformer do not belong together")
-    if w % step_w or h % step_h:
-        raise ValueError(f"--size {w}x{h}: width must be a multiple of {step_w} pixels, height of {step_h}")
-    warn_of_strangers(args)
-    check_memory(args, text, dit, vae)
-    choose_threads(text, dit, vae)
-
-
-def make_mask(args: argparse.Namespace) -> Tensor | None:
-    """G (t, h, w) in latent cells from --mask: nothing, an ellipse, a clip or a saved tensor. None if --mean is 0."""
-    (w, h), name = args.size, args.mask or ""
-    if args.mean == 0:
-        return None
-    if not os.path.isdir(name) and not name.lower().endswith(MEDIA):
-        return load_mask(args.mask, args.frames, h, w)
-    rgb, alpha = read_rgba(name)
-    matte = alpha if alpha.min() < 255 else rgb.mean(-1).round().astype(np.uint8)
-    return mask_from_alpha(matte, args.frames, h, w)
 
 
 # ---- the command
@@ -371,6 +227,8 @@ def make_parser() -> Parser:
     weights = parser.add_argument_group("weights").add_argument
     weights("--base", metavar="DIR", help="checkpoint folder laid out like Wan2.1-T2V-14B or Wan2.2-T2V-A14B [--run's, "
             "or else tiny, beside generate.py]")
+    for name in ("dit", "text", "vae"):
+        weights(f"--{name}", metavar="FILE", help="instead of the one in --base; also as diffusers or ComfyUI have it")
     weights("--run", metavar="DIR", help="--out of your trainings: their base, adapters, size, length and mu")
     weights("--vae-adapter", nargs="+", metavar="FILE", help="Wan-Alpha's decoder.bin or *-VAE.bin, or what "
             "train_vae.py wrote; or two merged decoders, of colour and of alpha")

@@ -160,10 +160,15 @@ def split_adapter(state: dict, path) -> dict[str, dict]:
 def load_rgba_vae(vae_path, adapter_path, dtype=torch.float32, device="cpu") -> RGBAVAE:
     """Base VAE file plus adapter: decoder.bin (decode only), *-VAE.bin, or what train_vae.py wrote; LoRA is merged in
     float32. Or, in place of an adapter, two whole VAEs whose decoders are merged already, RGB first (decode only):
-    ComfyUI's wan_alpha_2.1_vae_rgb_channel.safetensors and wan_alpha_2.1_vae_alpha_channel.safetensors.
+    ComfyUI's wan_alpha_2.1_vae_rgb_channel.safetensors and wan_alpha_2.1_vae_alpha_channel.safetensors. Or None: of a
+    plain Wan there is a decoder of colour, and vae_pha is None.
     device "meta": names and shapes only. ValueError if something does not fit."""
     source = "meta" if str(device) == "meta" else "cpu"
     vae = load_vae(vae_path, device=source)
+    if adapter_path is None:
+        rgba = RGBAVAE(vae).to(device, dtype).requires_grad_(False).eval()
+        rgba.vae_pha = None
+        return rgba
     files = [adapter_path] if isinstance(adapter_path, (str, Path)) else list(adapter_path)
     if len(files) not in (1, 2):
         raise ValueError(f"a VAE adapter is one file, or two of merged decoders, RGB first; not {len(files)}")

@@ -803,7 +803,7 @@ def restarted(n):
 FLOORS = [{"kit.files", "kit.command", "kit.media", "kit.curves", "kit.drawing", "kit.spellings"}, {"kit.run", "kit.clips"},
           {"vae", "dora", "text", "losses", "sampler"}, {"dit", "merge"},
           {"kit.data", "kit.scale", "kit.memory", "kit.result", "kit.score", "kit.lpips", "kit.view", "kit.export"},
-          {"kit.batches", "kit.evaluate"},
+          {"kit.batches", "kit.evaluate", "kit.request"},
           {"train_vae", "train_dit", "generate",
            "kit.pretrain", "kit.adapter", "kit.bench", "kit.ablate", "kit.pictures", "kit.mutants",
            "kit.walk"}]

@@ -274,14 +274,15 @@ def read_text_len(folder: str | Path) -> int:
     return length
 
 
-def load_text_encoder(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu") -> TextEncoder:
-    """Encoder and tokenizer of a checkpoint folder, or of the encoder's own file in such a folder.
+def load_text_encoder(path: str | Path, dtype: torch.dtype = torch.float32, device="cpu", folder=None) -> TextEncoder:
+    """Encoder and tokenizer of a checkpoint folder, or of the encoder's own file in such a folder, or anywhere if
+    `folder` is that of the tokenizer.
 
     Reads models_t5_umt5-xxl-enc-bf16 (.safetensors or .pth), google/umt5-xxl/tokenizer.json, config.json for text_len.
     FileNotFoundError or ValueError, in one sentence, if one of them is missing, broken or something else.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
+    folder = Path(folder or (path if path.is_dir() else path.parent))
     folder = folder.parent if folder.name == "text_encoder" else folder
     path = find_text(path) if path.is_dir() else path
     tokenizer = read_tokenizer(find_tokenizer(folder))

@@ -10,7 +10,6 @@ import re
 import shutil
 import sys
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,49 +21,10 @@ import torch
 from einops import repeat
 
 from kit.command import is_first, measured
-from kit.files import Checkpoint, file_key, find_dit, find_tokenizer, read_section, save_json
+from kit.files import file_key, find_dit, find_tokenizer, save_json
 from kit.media import checkerboard, over
-from text import clean_prompt
 
 PACKAGES = ("numpy", "safetensors", "tokenizers", "einops", "imageio", "imageio-ffmpeg")
-
-
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """PROMPT, or the lines of the file --prompts that are neither blank nor begin with #."""
-    if (args.prompt is None) == (args.prompts is None):
-        raise ValueError("give either a PROMPT, before the flags, or --prompts FILE")
-    lines = [args.prompt] if args.prompts is None else [
-        line for line in read_lines(Path(args.prompts)) if not line.lstrip().startswith("#")]
-    source = "the prompt" if args.prompts is None else f"--prompts {args.prompts}"
-    prompts = list(filter(None, map(clean_prompt, lines)))
-    if not prompts:
-        raise ValueError(f'{source} is empty; describe the clip, as in "a red glass ball bouncing"')
-    return prompts
-
-
-def read_lines(file: Path) -> list[str]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        if "\0" in text:
-            raise UnicodeError
-    except (OSError, UnicodeError):
-        raise ValueError(f"--prompts {file} cannot be read; give a text file (UTF-8), one prompt a line") from None
-    return text.split("\n")
-
-
-def warn_of_strangers(args: argparse.Namespace) -> None:
-    """Warnings: a size or length far from what the model was trained with; a DoRA that was trained on another adapter's
-    latents."""
-    said = read_section(args.base)
-    size, frames = said.get("size", args.size), said.get("frames", args.frames)
-    if not 0.5 <= args.size[0] * args.size[1] / (size[0] * size[1]) <= 2 or not 0.5 <= args.frames / frames <= 2:
-        warnings.warn(f"{args.base} was trained with {frames} frames of {size[0]}x{size[1]}, far from {args.frames} of "
-                      f"{args.size[0]}x{args.size[1]}; expect little of it")
-    for expert in args.experts:
-        for file, _ in expert.adapters:
-            digest = Checkpoint(file).metadata.get("vae_adapter")
-            if digest and args.vae_adapter and digest != file_key(args.vae_adapter[0]):
-                warnings.warn(f"{file} was trained on the latents of another adapter than {args.vae_adapter[0]}")
 
 
 def folder_name(prompt: str, seed: int) -> str:
@@ -125,7 +85,7 @@ def told(stages: dict, name: str, device: str) -> Iterator[None]:
 
 
 def media(rgb: np.ndarray, alpha: np.ndarray | None) -> dict[str, tuple]:
-    """The files of a clip beside rgb.mp4: name -> what `write_rgba` takes. alpha None: a plain Wan's, which has none."""
+    """The files of a clip beside rgb.mp4: name -> what `write_rgba` takes. alpha None: a plain Wan has none."""
     if alpha is None:
         return {"frames": (rgb, None)}
     preview = over(rgb, alpha, checkerboard(*alpha.shape[1:]))

@@ -49,7 +49,7 @@ import train_vae
 from dit import Block, DiTConfig, load_dit, open_dit, WAN_14B, WAN_1_3B, WanDiT
 from dora import adapter_state, add_dora, add_lora, load_adapter_state, merge_adapter
 from kit import (ablate, adapter, batches, bench, clips, curves, data, evaluate, export, lpips, memory, pictures,
-                 pretrain, result, run, scale, score, view, walk)
+                 pretrain, request, result, run, scale, score, spellings, view, walk)
 from kit.clips import (BACKGROUNDS, caption_of, COLORS, draw_wording, held_out, MATERIALS, MOTIONS, procedural_clip,
                        SENTENCES, SHAPES)
 from kit import command as command_line
@@ -1419,7 +1419,7 @@ def parsed(*argv):
 
 
 def settled(*argv):
-    return generate.settle(parsed(*argv))
+    return request.settle(parsed(*argv))
 
 
 def make(out, *argv):
@@ -1470,7 +1470,7 @@ def test_same_seed_same_bytes(tmp_path):
 @torch.inference_mode()
 def sampled(*argv):
     args = settled(*argv)
-    (z,), _ = generate.sample(args, generate.encode_prompts(args), generate.make_mask(args))
+    (z,), _ = generate.sample(args, generate.encode_prompts(args), request.make_mask(args))
     return z
 
 
@@ -1497,7 +1497,7 @@ def test_pixels_are_rounded():
 
 def test_masks_of_every_kind(tmp_path):
     def mask(spec, *flags):
-        return generate.make_mask(settled("ball", "--size", "64x64", "--mask", spec, *flags))
+        return request.make_mask(settled("ball", "--size", "64x64", "--mask", spec, *flags))
     alpha, rgb = np.zeros((3, 32, 32), np.uint8), np.full((3, 32, 32, 3), 90, np.uint8)
     alpha[:, 4:28, 4:12] = 255
     write_rgba(tmp_path / "clip.webm", rgb, alpha)
@@ -1526,12 +1526,12 @@ def test_a_prompt_never_fails_silently(tmp_path):
     assert settled("--prompts", tmp_path / "prompts").clips == [("a ball", 0)]
     for flags in ("--size 480x480", "--frames 81"):
         with pytest.warns(UserWarning, match="trained with 5 frames of 48x32"):
-            result.warn_of_strangers(settled("ball", *flags.split()))
+            request.warn_of_strangers(settled("ball", *flags.split()))
     state, _ = read_checkpoint(base() / DORA_FILE)
     for digest, warned in ((file_key(base() / VAE_ADAPTER), 0), ("other", 1)):
         save_file(state, tmp_path / "dora.safetensors", dict(vae_adapter=digest))
         with warnings.catch_warnings(record=True) as caught:
-            result.warn_of_strangers(settled("ball", "--dora", tmp_path / "dora.safetensors"))
+            request.warn_of_strangers(settled("ball", "--dora", tmp_path / "dora.safetensors"))
         assert len(caught) == warned
 
 
@@ -1619,7 +1619,7 @@ def test_two_experts_share_the_noise_levels(name, solver, start, monkeypatch):
     monkeypatch.setattr(generate, "load_scaled", spy)
     flags = f"--steps 4 --shift 5 --guidance 2 1 --negative ghost --seed 1 2 --sampler {name}".split()
     args = settled("ball", "--base", base_of_two(), *flags)
-    contexts, mask = generate.encode_prompts(args), generate.make_mask(args)
+    contexts, mask = generate.encode_prompts(args), request.make_mask(args)
     latents, error = generate.sample(args, contexts, mask)
     high, low = (load_dit(expert.path, expert.adapters) for expert in args.experts)
 
@@ -1633,7 +1633,7 @@ def test_two_experts_share_the_noise_levels(name, solver, start, monkeypatch):
 
 
 def test_wan_2_2_has_numbers_of_its_own_unless_distilled(tmp_path):
-    for name in generate.EXPERTS:
+    for name in request.EXPERTS:
         (tmp_path / name).mkdir()
 
     def numbers(*flags):
@@ -1653,6 +1653,46 @@ def test_a_plain_wan_makes_clips_without_alpha(tmp_path):
         made, = make(tmp_path / "out", "ball", "--base", folder)
     assert {path.name for path in made.iterdir()} == {"rgb.mp4", "frames", "run.json", "index.html"}
     assert (read_rgba(made / "frames")[1] == 255).all() and settled("ball", "--base", folder).mean == 0
+    assert settled("ball").mean == 0.05
+
+
+def test_single_files_under_others_names_stand_in_for_those_of_the_base(tmp_path):
+    """ComfyUI's prefix and fp8 with a scale for the transformer, diffusers' names for an autoencoder, a text encoder
+    of transformers': the same clip but for fp8's rounding."""
+    theirs = {"dit": {}, "text": {}}
+    for name, x in load_file(base() / DIT_FILE).items():
+        fits = name.startswith("blocks.") and x.ndim == 2 and "modulation" not in name
+        layer = f"model.diffusion_model.{name.removesuffix('weight')}"
+        eight = {f"{layer}weight": (x / 0.02).to(torch.float8_e4m3fn), f"{layer}scale_weight": torch.tensor(0.02)}
+        theirs["dit"] |= eight if fits else {f"model.diffusion_model.{name}": x}
+    for name, x in load_file(base() / TEXT_FILE).items():
+        for ours, other in (("token_embedding", "shared"), ("norm.w", "encoder.final_layer_norm.w")):
+            name = name.replace(ours, other) if name.startswith(ours) else name
+        for ours, other in {
+                "blocks.": "encoder.block.", ".attn.": ".layer.0.SelfAttention.", ".norm1": ".layer.0.layer_norm",
+                ".norm2": ".layer.1.layer_norm", ".ffn.gate.0": ".layer.1.DenseReluDense.wi_0",
+                ".ffn.fc1": ".layer.1.DenseReluDense.wi_1", ".ffn.fc2": ".layer.1.DenseReluDense.wo",
+                ".pos_embedding.embedding": ".layer.0.SelfAttention.relative_attention_bias"}.items():
+            name = name.replace(ours, other)
+        theirs["text"][name] = x
+    for model, state in theirs.items():
+        save_file(state, tmp_path / f"{model}.safetensors")
+    shutil.copy(base() / "config.json", tmp_path)                       # says the number of heads
+    plain, other = sampled("ball"), sampled("ball", "--text", tmp_path / "text.safetensors")
+    assert torch.equal(plain, other)
+    close(sampled("ball", "--dit", tmp_path / "dit.safetensors", "--dora="), sampled("ball", "--dora="), 0.5)
+    names = {"decoder.up_blocks.1.resnets.0.conv1.weight": "decoder.upsamples.3.residual.2.weight",
+             "decoder.up_blocks.0.upsamplers.0.resample.1.weight": "decoder.upsamples.2.resample.1.weight",
+             "decoder.up_blocks.0.resnets.1.norm2.gamma": "decoder.upsamples.1.residual.3.gamma",
+             "encoder.mid_block.attentions.0.to_qkv.bias": "encoder.middle.1.to_qkv.bias",
+             "encoder.down_blocks.3.conv_shortcut.weight": "encoder.downsamples.3.shortcut.weight",
+             "encoder.conv_out.bias": "encoder.head.2.bias", "post_quant_conv.weight": "conv2.weight"}
+    assert spellings.wan_names(names) == names
+    names = {"blocks.0.norm2.weight": "blocks.0.norm3.weight", "proj_out.bias": "head.head.bias",
+             "blocks.1.attn2.to_out.0.weight": "blocks.1.cross_attn.o.weight", "scale_shift_table": "head.modulation",
+             "blocks.1.scale_shift_table": "blocks.1.modulation", "blocks.0.ffn.net.0.proj.bias": "blocks.0.ffn.0.bias",
+             "condition_embedder.time_proj.weight": "time_projection.1.weight"}
+    assert spellings.wan_names(names) == names
 
 
 def test_more_adapters_are_merged_in_their_order(tmp_path):
@@ -1670,7 +1710,7 @@ def test_more_adapters_are_merged_in_their_order(tmp_path):
 @pytest.mark.parametrize("rank, kind", [(0, ValueError), (1, SystemExit)])
 def test_an_error_in_one_process_ends_all(rank, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda errors, own: errors.append(ValueError("lost")))
-    refuses(lambda: generate.prepare(parsed("ball", "--out", tmp_path), rank, 2, None), errors=kind)
+    refuses(lambda: request.prepare(parsed("ball", "--out", tmp_path), rank, 2, None), errors=kind)
 
 
 # ---- kit/memory.py and kit/scale.py
@@ -1688,9 +1728,9 @@ def test_too_large_a_model_names_the_fewest_flags_that_make_it_fit(free, flags, 
     monkeypatch.setattr(memory, "dit_memory", needs)
     monkeypatch.setattr(memory, "free_memory", lambda device: free * 2 ** 30)
     if advice is None:
-        generate.check(args)
+        request.check(args)
     else:
-        said = refuses(lambda: generate.check(args), "the transformer needs", f"{free:.1f} are free")
+        said = refuses(lambda: request.check(args), "the transformer needs", f"{free:.1f} are free")
         assert said.endswith(f"; {advice}")
 
 
