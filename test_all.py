@@ -875,6 +875,7 @@ def test_embedded_autoencoder_keeps_colour_and_alpha(tmp_path):
     evaluate.main(["vae", str(tmp_path / "data"), "--frames", "9", "--out", str(tmp_path)])
     record = json.loads((tmp_path / "eval.json").read_text())
     scores = record["clips"]["clips"]["red ball.webp"]
+    assert json.loads((tmp_path / "eval.jsonl").read_text()) == dict(clip="red ball.webp") | scores
     assert scores == record["clips"]["mean"] and record["cells"]["opaque"] < record["cells"]["transparent"]
     for name in ("soft render", "alpha"):
         assert 25 < scores[name]["psnr"] < 60 and 0.9 < scores[name]["ssim"] < 1

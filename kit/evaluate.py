@@ -4,9 +4,11 @@
     python -m kit.evaluate vae data/            # of a folder of clips of your own, or with --frames 1 of pictures
     python -m kit.evaluate dit                  # does the transformer show what 200 unseen prompts name?
 
-Tables on stdout; in --out eval.json and eval.png: the first eight clips, each under its target (they are also in
-eval/), or the clips of the first ten prompts. All in float32. Noise depends on --seed and a clip's number alone.
+Tables on stdout; in --out eval.json (and of vae eval.jsonl, a clip a line as it comes) and eval.png: the first eight
+clips, each under its target (they are also in eval/), or the clips of the first ten prompts. All in float32. Noise
+depends on --seed and a clip's number alone.
 """
+import json
 import sys
 from collections import Counter
 from functools import partial
@@ -49,14 +51,16 @@ def reconstruct(rgba, rgb, alpha, naive=False) -> tuple:
     return to_clip(rgb[0], alpha[0])
 
 
-def evaluate_vae(rgba, clips, naive=False, lpips=None) -> list[dict]:
-    """`compare_clips` of each (rgb, alpha) uint8 clip and what the autoencoder makes of it; lpips: asked, too."""
+def evaluate_vae(rgba, clips, naive=False, lpips=None, note=lambda row: None) -> list[dict]:
+    """`compare_clips` of each (rgb, alpha) uint8 clip and what the autoencoder makes of it; lpips: asked, too; note:
+    gets each row as it comes."""
     rows = []
     for clip in tqdm(clips, desc="autoencode"):
         result = reconstruct(rgba, *clip, naive)
         rows.append(compare_clips(*clip, *result))
         if lpips:
             rows[-1]["LPIPS"] = perceptual_distances(lpips, clip, result)
+        note(rows[-1])
     return rows
 
 
@@ -208,7 +212,11 @@ def run_vae(args) -> None:
             return (rgb if args.unbled else bleed(rgb, alpha)), alpha
     rgba = load_rgba_vae(find_vae(args.base), args.vae_adapter, device=args.device)
     choose_threads(rgba)
-    rows = evaluate_vae(rgba, map(clip, range(len(names))), args.naive, LPIPS(*args.lpips) if args.lpips else None)
+    lpips, left = LPIPS(*args.lpips) if args.lpips else None, iter(names)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "eval.jsonl", "w") as log:                            # a line for each clip as it comes
+        rows = evaluate_vae(rgba, map(clip, range(len(names))), args.naive, lpips,
+                            lambda row: print(json.dumps(dict(clip=next(left)) | row), file=log, flush=True))
     print_scores(title, rows)
     record = {"arguments": vars(args), title: dict(mean=mean_scores(rows), clips=dict(zip(names, rows))), "cells": None}
     shown = [(clip(i), reconstruct(rgba, *clip(i), args.naive)) for i in range(len(names[:8]))]
