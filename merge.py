@@ -125,11 +125,15 @@ class RGBAVAE(nn.Module):
         return state
 
     def load_adapter(self, state: dict) -> None:
-        """The way back, into adapters of the same rank. ValueError or RuntimeError if something does not fit."""
+        """The way back, into adapters of the same rank; after a decoder.bin the merge block alone is left to train.
+        ValueError or RuntimeError if something does not fit."""
         parts = split_adapter(state, "the file")
-        self.middle.load_state_dict(parts["middle"])
+        if parts["middle"]:
+            self.middle.load_state_dict(parts["middle"])
         for name in ("vae_fgr", "vae_pha"):
             load_adapter_state(getattr(self, name), parts[name])
+            if not parts["middle"]:
+                getattr(self, name).requires_grad_(False)
 
 
 def adapter_part(key: str) -> str:

@@ -2096,6 +2096,19 @@ def test_what_was_trained_is_used_by_one_flag_and_the_next_command_is_told(tmp_p
     refuses(lambda: settled("ball", "--run", tmp_path), "no training")
 
 
+def test_a_released_adapter_is_a_start_and_after_decoders_alone_the_merge_block_trains(tmp_path):
+    clips.main(f"{tmp_path}/data --clips 3 --size 32 --frames 5".split())
+    released = load_file(base() / VAE_ADAPTER)
+    decoders = {key: x for key, x in released.items() if not key.startswith("middle")}
+    for name, state in dict(whole=released, decoders=decoders).items():
+        torch.save({key: x.bfloat16() for key, x in state.items()}, tmp_path / f"{name}.bin")
+        train_vae.main(f"{tmp_path}/data --base {base()} --out {tmp_path}/{name} --start {tmp_path}/{name}.bin --tabd 0 "
+                       "--perceptual 0 --schedule 3:5:32:2 --size 32 --lr 1e-3 --warmup 1 --workers 0".split())
+        made = load_file(tmp_path / name / VAE_ADAPTER)
+        moved = {key.split(".")[0] for key, x in made.items() if not torch.equal(x, released[key].bfloat16().float())}
+        assert moved == ({"middle"} if name == "decoders" else {"middle", "vae_fgr", "vae_pha"}), moved
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, no_sheets, monkeypatch):
     arguments, replacing = a_training(tmp_path, steps=6), run.replacing
 
