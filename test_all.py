@@ -800,7 +800,8 @@ def restarted(n):
 
 # ---- the house: floors, and what runs by itself
 
-FLOORS = [{"kit.files", "kit.command", "kit.media", "kit.curves", "kit.drawing", "kit.spellings"}, {"kit.run", "kit.clips"},
+FLOORS = [{"kit.files", "kit.command", "kit.media", "kit.curves", "kit.drawing", "kit.spellings"},
+          {"kit.run", "kit.clips"},
           {"vae", "dora", "text", "losses", "sampler"}, {"dit", "merge"},
           {"kit.data", "kit.scale", "kit.memory", "kit.result", "kit.score", "kit.lpips", "kit.view", "kit.export"},
           {"kit.batches", "kit.evaluate", "kit.request"},
@@ -886,9 +887,10 @@ def test_embedded_autoencoder_keeps_colour_and_alpha(tmp_path):
 # ---- the README
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-QUICK = {           # how a command of the README begins that takes a second or two -> a word that it prints
-    'generate.py "a red': "out/a-red-glass-ball-bouncing-0", "-m kit.clips": "", "-m kit.data": "transparent pixels",
-    "train_vae.py": "held out: soft render", "train_dit.py": "steps 2,", 'generate.py "a pink': "out/a-pink"}
+QUICK = {           # how a command of the README begins -> flags that make it take seconds, and a word that it prints
+    'generate.py "a red': ("", "out/a-red-glass-ball-bouncing-0"), "-m kit.clips": ("", ""),
+    "-m kit.data": ("", "transparent pixels"), "train_vae.py": ("--schedule 2:1:32:2", "held out: soft render"),
+    "train_dit.py": ("--steps 2 --batch 2 --frames 5", "steps 2,"), 'generate.py "cherries': ("", "out/cherries")}
 
 
 def test_files_and_functions_of_the_readme_are_there():
@@ -903,12 +905,15 @@ def test_files_and_functions_of_the_readme_are_there():
             found = getattr(found, name)
 
 
-def test_quick_commands_of_the_readme_do_what_it_says(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)             # data/, runs/ and out/ are made there
+def test_commands_of_the_readme_do_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)             # clips/, runs/ and out/ are made there
+    (tmp_path / "tiny").symlink_to(TINY)
+    sprite = procedural_clip(3, 64, 1, radius=(0.4, 0.4), two=0)
+    write_rgba(tmp_path / "pictures/cherries.png", sprite.rgb, sprite.alpha)
     commands = re.findall(r"^    python (.+)$", README, re.M)
-    for start, word in QUICK.items():
+    for start, (flags, word) in QUICK.items():
         command, = [command for command in commands if command.startswith(start)]
-        argv = shlex.split(command.removeprefix("-m "), comments=True)
+        argv = shlex.split(command.removeprefix("-m "), comments=True) + flags.split()
         module = importlib.import_module(argv[0].removesuffix(".py"))
         assert run_command(lambda: module.main(argv[1:]), argv[0]) == 0, command
         assert word in capsys.readouterr().out, command

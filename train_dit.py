@@ -25,8 +25,8 @@ from kit.batches import draw_latents, encoded, of_one_shape
 from kit.command import Parser, clip_frames, end_process_group, is_first, number, pixels, positive, run_command
 from kit.data import open_data
 from kit.evaluate import held_out_mse, sample
-from kit.files import (DORA, TINY, cache_key, file_key, find_adapter, find_text, find_tokenizer, find_vae, read_section,
-                       save_tensors, stored)
+from kit.files import (DORA, TINY, VAE_ADAPTER, cache_key, file_key, find_adapter, find_text, find_tokenizer,
+                       find_trained, find_vae, read_section, save_tensors, stored)
 from kit.media import contact_sheet, to_video
 from kit.run import Run, add_run_flags, begin, finish, learning_rate, settle_start
 from kit.scale import place_dit, plain_attention, prepare_blocks
@@ -160,7 +160,8 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("the method").add_argument
     add("data", help="folder of captioned RGBA clips (python -m kit.data FOLDER says what is in it)")
     add("--base", default=str(TINY), metavar="DIR", help="checkpoint folder with the frozen base [tiny/]")
-    add("--vae-adapter", metavar="FILE", help="RGBA adapter of the VAE [Wan-Alpha-v2-VAE.safetensors in --base]")
+    add("--vae-adapter", metavar="FILE", help="RGBA adapter of the VAE, or a training's folder with one [that in "
+        "--base]")
     add("--out", default="runs/dit", metavar="DIR", help="where the adapter and the run's records go [runs/dit]")
     add("--cache", default="runs/cache", metavar="DIR", help="encoded latents, made where missing [runs/cache]")
     add("--steps", type=positive, default=1750, metavar="N", help="[1750]")
@@ -192,7 +193,7 @@ def settle(args) -> None:
     args.size = tuple(args.size or said.get("size", (640, 624)))
     args.frames = args.frames or said.get("frames", 81)
     args.mean = said.get("mean", 0.05) if args.mean is None else args.mean
-    args.vae_adapter = args.vae_adapter or str(find_adapter(args.base))
+    args.vae_adapter = str(find_trained(args.vae_adapter or find_adapter(args.base), VAE_ADAPTER))
 
 
 def main(argv=None) -> None:
