@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 LOOP = "--muon --bf16 --warmup 50 --workers 1 --save-every 10000 --seed {seed} --device cpu --base {base} --out {run}"
 COMMANDS = {                                    # a training, but for its loop, and its evaluation
     "vae": ("train_vae.py {data} --unbled --perceptual 0 --rank 16 --lr 1e-3 --lora-plus 16 --size 64 "
-            "--schedule 400:1:48:16,300:5:48:6",
+            "--schedule 2500:1:48:8,400:5:48:4",
             "-m kit.evaluate vae --unbled --clips 32 --device cpu --base {base} --out {run} "
             "--vae-adapter {run}/Wan-Alpha-v2-VAE.safetensors"),
     "dit": ("train_dit.py {data} --cache {out}/cache --rank 24 --lr 2e-3 --lora-plus 4 --unweighted --steps 700 "
@@ -39,7 +39,6 @@ RUNS = {                                        # flags of both, of the training
     "vae-tabd": ("", "", ""),
     "vae-tabd-official": ("", "--tabd-clamp 0 1", ""),
     "vae-tabd-paper": ("", "--tabd 1 --tabd-clamp -1000000 1000000 --tabd-strict", ""),
-    "vae-own-alpha": ("", "--tabd 0 --own-alpha", ""),
     "dit-render-0": (f"{RENDER} --mean 0", "", ""),
     "dit-render": (RENDER, "", ""),
     "dit-tabd-0": (f"{TABD} --mean 0", "", ""),
