@@ -84,6 +84,8 @@ class Checkpoint:
         for path in map(Path, paths):
             if not path.is_file():
                 raise FileNotFoundError(f"there is no checkpoint file {path}: give its right name, or download it")
+            if path.suffix == ".gguf":
+                raise ValueError(f"{path} is a GGUF file, which is not read: take the safetensors it was made from")
             with reading(path):
                 tensors, metadata = open_file(path, None, "meta")
             self.meta |= tensors

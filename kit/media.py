@@ -55,7 +55,7 @@ def decode_video(path):
     with open(path, "rb") as file:
         head = file.read(65536)
     decoder = ["-c:v", "libvpx-vp9"] if b"V_VP9" in head else ["-c:v", "libvpx"] if b"V_VP8" in head else []
-    reader = imageio_ffmpeg.read_frames(str(path), pix_fmt="rgba", bits_per_pixel=32, input_params=decoder)
+    reader = imageio_ffmpeg.read_frames(str(path.absolute()), pix_fmt="rgba", bits_per_pixel=32, input_params=decoder)
     meta = next(reader)
     frames = [np.frombuffer(frame, np.uint8).reshape(*meta["size"][::-1], 4) for frame in reader]
     if "audio_codec" not in meta and len(frames) < 0.8 * meta["fps"] * meta["duration"] - 2:    # sound may be longer
@@ -122,7 +122,8 @@ def encode_video(path, frames, fps):
     command = (f"-y -v quiet -f rawvideo -pix_fmt rgba -s {w}x{h} -r {fps} -i - -c:v {ENCODERS[path.suffix.lower()]} "
                "-vf scale=out_color_matrix=bt709:out_range=tv,"
                "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709 -fflags +bitexact")
-    done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *command.split(), path], input=frames.ravel().data)
+    done = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *command.split(), path.absolute()],      # "a:b" is no URL
+                          input=frames.ravel().data)
     if done.returncode:
         raise OSError(f"cannot write a {path.suffix} of {w} x {h} pixels to {path.parent}; is the folder writable?")
 

@@ -427,6 +427,13 @@ def test_lossless_media_return_every_byte(tmp_path, name):
     assert written[1] == written[2]
 
 
+@pytest.mark.parametrize("name", ["12:30/a.webm", "pipe:1.mp4", "http:x.mov", "-out/a.mp4"])
+def test_no_name_of_a_video_is_a_protocol_or_a_flag(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rgba(name, procedural_clip(2, size=32, frames=5).rgb)
+    assert read_rgba(name)[0].shape == (5, 32, 32, 3) and Path(name).stat().st_size > 100
+
+
 @pytest.mark.parametrize("name", ["clip.webm", "clip.mov"])
 def test_videos_return_alpha_and_straight_colour(tmp_path, name):
     clip = procedural_clip(2, size=(64, 61), frames=5, shape="cube", color="green", material="glass", motion="growing")
@@ -2102,8 +2109,8 @@ def test_a_released_adapter_is_a_start_and_after_decoders_alone_the_merge_block_
     decoders = {key: x for key, x in released.items() if not key.startswith("middle")}
     for name, state in dict(whole=released, decoders=decoders).items():
         torch.save({key: x.bfloat16() for key, x in state.items()}, tmp_path / f"{name}.bin")
-        train_vae.main(f"{tmp_path}/data --base {base()} --out {tmp_path}/{name} --start {tmp_path}/{name}.bin --tabd 0 "
-                       "--perceptual 0 --schedule 3:5:32:2 --size 32 --lr 1e-3 --warmup 1 --workers 0".split())
+        train_vae.main(f"{tmp_path}/data --base {base()} --out {tmp_path}/{name} --start {tmp_path}/{name}.bin "
+                       "--tabd 0 --perceptual 0 --schedule 3:5:32:2 --size 32 --lr 1e-3 --warmup 1 --workers 0".split())
         made = load_file(tmp_path / name / VAE_ADAPTER)
         moved = {key.split(".")[0] for key, x in made.items() if not torch.equal(x, released[key].bfloat16().float())}
         assert moved == ({"middle"} if name == "decoders" else {"middle", "vae_fgr", "vae_pha"}), moved
@@ -2408,6 +2415,8 @@ def test_checkpoints_are_plain_tensors_and_nothing_else(tmp_path):
     for content in ({"step": 3}, [ONE], {"a": ONE, "x": Code()}):
         torch.save(content, bad)
         refuses(lambda: Checkpoint(bad).read(), bad, errors=ValueError)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    refuses(lambda: Checkpoint(tmp_path / "a.gguf"), "GGUF", "safetensors")
     for save, file in ((torch.save, tmp_path / "good.bin"), (save_file, tmp_path / "good.safetensors")):
         save({"a": RGB}, file)
         whole = file.read_bytes()
