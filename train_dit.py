@@ -54,7 +54,7 @@ def encode_clips(args, dataset) -> list[Path]:
 
     def item(k):
         i, variant = divmod(k, args.variants)
-        caption, color = dataset.caption(i), PALETTE[7 - variant % 8]
+        caption, color = dataset.caption(i, variant), PALETTE[7 - variant % 8]
 
         def make():
             rgb, alpha = (x.to(args.device) for x in to_video(*dataset.clip(i, variant)))

@@ -5,8 +5,9 @@
     metadata.csv                    video,alpha,prompt, or as others call them (COLUMNS); no alpha: the file's own
     NAME.mov .webm .webp .gif .png .apng .zip, or a sub-folder NAME of PNGs: with an alpha of their own; also stills
 
-Each caption is in NAME.txt. The official loader replaces a file it cannot read by another sample without a word: here
-it is named and left out, more than one in ten are an error (test_bad_clips_are_named_and_left_out).
+Each caption is in NAME.txt, several with an empty line between; a csv may have labels, too. The official loader
+replaces a file it cannot read by another sample without a word: here it is named and left out, more than one in ten are
+an error (test_bad_clips_are_named_and_left_out).
 
     python -m kit.data data/ --workers 8        # what is in a folder, and what is wrong with it
 """
@@ -32,8 +33,9 @@ from kit.media import (MATTES, MEDIA, UNEQUAL, area_size, by_number, cover, file
                        slide, to_and_fro, to_video, words)
 
 COLOURS = ("rgb", "fgr", "fg", "color")
-COLUMNS = dict(video=("video", "video_fgr", "fgr", "rgb", "file_name", "file", "path"),             # of a metadata.csv,
-               alpha=("alpha", "video_pha", "pha", "mask", "matte"), prompt=("prompt", "caption", "text"))  # as spelt
+COLUMNS = dict(video=("video", "video_fgr", "fgr", "rgb", "file_name", "file", "path"),             # of a metadata.csv
+               alpha=("alpha", "video_pha", "pha", "mask", "matte"), prompt=("prompt", "caption", "text"),
+               labels=("labels", "tags"))                                 # in their known spellings
 ROW = dict(name=str, bytes=int, changed=float, frames=int, height=int, width=int, opaque=float, semi=float,
            transparent=float, caption=bool, error=str)                            # of a check, see Sample.examine
 
@@ -44,6 +46,7 @@ class Sample:
     matte: Path | None = None                                             # None: the medium's own alpha
     caption: str | None = None                                            # of a csv
     root: Path = Path()
+    labels: str = ""
 
     @property
     def name(self):
@@ -102,15 +105,15 @@ def read_csv(path, root) -> list[Sample]:
     columns = [next((name for name in spellings if name in names), None) for spellings in COLUMNS.values()]
     rows = [row for row in ([line[c].strip() if c else "" for c in columns] for line in lines) if any(row)]
     faults = {"a column of videos": not columns[0], "rows": not rows,
-              "a video in a row": not all(video for video, _, _ in rows)}
+              "a video in a row": not all(row[0] for row in rows)}
     lacks = next((name for name, missing in faults.items() if missing), None)
     if lacks:
         raise ValueError(f"{path} lacks {lacks}; its first line names columns, video and, if there are, alpha and "
                          "prompt (or as others call them, such as video_fgr,video_pha), each other line is a clip.")
     if any(None in line for line in lines):
         raise ValueError(f"{path} has a line of more cells than its first one; put text with a comma in quotes.")
-    return [Sample(path.parent / video, path.parent / matte if matte else None, caption or None, root)
-            for video, matte, caption in rows]
+    return [Sample(path.parent / video, path.parent / matte if matte else None, caption or None, root, labels)
+            for video, matte, caption, labels in rows]
 
 
 def walk(root):
@@ -216,8 +219,13 @@ class RGBADataset(Dataset):
     def name(self, i) -> str:
         return self.samples[i].name
 
-    def caption(self, i) -> str:
-        return self.samples[i].written_caption() or words(self.samples[i].title)
+    def caption(self, i, variant=0) -> str:
+        """Of several captions, with an empty line between them, each variant takes the next; a csv's labels come before
+        or after it, at random, as the paper's."""
+        sample = self.samples[i]
+        several = re.split(r"\n\s*\n", sample.written_caption() or words(sample.title))
+        parts = [several[variant % len(several)].strip(), sample.labels]
+        return " ".join(filter(None, parts[::np.random.default_rng([i, variant, 1]).choice((1, -1))]))
 
     def source(self, i):
         """uint8 (rgb (t, h, w, 3), alpha (t, h, w)) of the whole clip at its own size, its hidden colour as stored."""

@@ -726,6 +726,16 @@ def test_pictures_of_a_folder_are_a_clip_only_if_they_look_like_one(tmp_path):
     assert len(told) == 2
 
 
+def test_captions_take_turns_and_labels_stand_before_or_after(tmp_path):
+    for name in "ab":
+        write_rgba(tmp_path / f"{name}.png", *procedural_clip(4, size=32, frames=1)[:2])
+    (tmp_path / "a.txt").write_text("one\nline more\n\n  two  \n")
+    (tmp_path / "metadata.csv").write_text("video,prompt,labels\nb.png,a thing,fast\n")
+    found = RGBADataset(tmp_path)
+    assert [found.caption(0, variant) for variant in range(3)] == ["one\nline more", "two", "one\nline more"]
+    assert {found.caption(1, variant) for variant in range(9)} == {"a thing fast", "fast a thing"}
+
+
 def test_frames_of_a_clip_are_no_stills_unless_a_csv_names_them(tmp_path, capsys):
     for name in ("a/0.png", "a/1.PNG", "a/x.mp4", "a/x_pha.mp4", "a/b/c.webm"):
         write_rgba(tmp_path / name, *procedural_clip(4, frames=1)[:2])
