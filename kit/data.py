@@ -242,15 +242,18 @@ class RGBADataset(Dataset):
         self.kept, self.room = {}, self.cache
 
     def clip(self, i, variant=0):
-        """The clip in the data set's size and length; variant > 0: another window, of 0.8 to 1 of a video's frame."""
+        """The clip in the data set's size and length; variant > 0: another window, of 0.8 to 1 of a video's frame, from
+        any place of a longer one."""
         (rgb, alpha), rng = self.source(i), np.random.default_rng([i, variant])
         size = area_size(*alpha.shape[1:], self.size[0] * self.size[1]) if self.keep_aspect else self.size
         if len(rgb) == 1 < self.frames:
             return slide(rgb, alpha, size, self.frames, rng, self.bled)
         if variant and len(rgb) > 1:
             rgb, alpha = random_crop(rgb, alpha, rng)
+        start = rng.integers(len(rgb) - self.frames + 1) if variant and len(rgb) > self.frames else 0
         pick = slice(None) if len(rgb) >= self.frames else to_and_fro(len(rgb), self.frames)
-        return tuple(x[pick] for x in cover(rgb[:self.frames], alpha[:self.frames], size, self.bled))
+        part = slice(start, start + self.frames)
+        return tuple(x[pick] for x in cover(rgb[part], alpha[part], size, self.bled))
 
     def geometry(self, i, variant=0) -> str:
         """All that clip(i, variant) depends on besides the bytes of its files."""

@@ -812,6 +812,8 @@ def test_a_window_slides_over_a_still_and_is_drawn_from_a_clip(tmp_path):
     assert not same_bytes(samples.clip(0, 1), samples.clip(1, 1))         # seeded with i as well
     assert same_bytes(samples.clip(0, 1), RGBADataset(tmp_path, (160, 200), 5).clip(0, 1))
     assert RGBADataset(tmp_path, (40, 160), 2, keep_aspect=True).clip(0, 1)[1].shape == (2, 64, 96)
+    shorter = RGBADataset(tmp_path, (160, 200), 1)
+    assert {int(shorter.clip(0, variant)[0][0, 50, 50, 2]) for variant in range(20)} == {0, 9, 18}
     assert area_size(1080, 1920, 640 * 624) == (480, 848) and area_size(10, 9000, 64 * 64) == (16, 1920)
 
 
