@@ -25,7 +25,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dora import Delta, merge_tensor, parse_adapter, read_delta, reading_options
-from kit.files import Checkpoint, check_fit, find_dit, read_json
+from kit.files import Checkpoint, check_fit, find_dit, read_json, show_help
 
 
 @dataclass
@@ -297,6 +297,7 @@ def load_dit(path: str | Path, adapters=(), dtype: torch.dtype = torch.float32, 
 
 
 if __name__ == "__main__":
+    show_help("dit.py: a small random transformer, part by part: shapes in and out")
     model = WanDiT(DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=16))
     for name in ("patch_embedding", "text_embedding", "time_projection", "blocks.0.self_attn", "blocks.0", "head"):
         model.get_submodule(name).register_forward_hook(lambda module, inputs, y, name=name: print(

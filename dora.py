@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor, nn
 
-from kit.files import Checkpoint, read_json
+from kit.files import Checkpoint, read_json, show_help
 
 
 # The equations
@@ -331,6 +331,7 @@ def read_delta(delta: Delta, file: Checkpoint) -> Delta:
 
 
 if __name__ == "__main__":
+    show_help("dora.py: DoRA on two small layers: its tensors' names and shapes, and that merged and unmerged agree")
     plain, x = nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48)), torch.randn(4, 48)
     adapted = add_dora(copy.deepcopy(plain), rank=4, alpha=4, targets=["0", "2"])
     for layer in adapted_layers(adapted).values():

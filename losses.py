@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from kit.files import Checkpoint
+from kit.files import Checkpoint, show_help
 
 PALETTE = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)  # (n=8, 3): the corners of the RGB cube
 GREY = torch.tensor([0.257, 0.504, 0.098])
@@ -175,6 +175,7 @@ def tabd_loss(v_hat: Tensor, v: Tensor, mask: Tensor, weight: Tensor, clamp: tup
 
 
 if __name__ == "__main__":
+    show_help("losses.py: the losses of three outputs of one clip; draws renders and TABD's mask into out/losses.png")
     import imageio.v3 as iio
 
     y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")

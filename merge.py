@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from dora import adapter_state, add_lora, load_adapter_state, merge_adapter, parse_adapter
-from kit.files import Checkpoint, load_strict
+from kit.files import Checkpoint, load_strict, show_help
 from losses import hard_render
 from vae import AttentionBlock, CausalConv3d, RMSNorm, ResidualBlock, Sequential, WanVAE, chunks, load_vae
 
@@ -216,6 +216,7 @@ def load_middle(state: dict, path, device) -> FeatureMerge:
 
 
 if __name__ == "__main__":
+    show_help("merge.py: random colour and alpha through a small random RGBA autoencoder: shapes")
     from vae import VAEConfig
     vae = WanVAE(VAEConfig(dim=8))
     rgba = RGBAVAE(vae, FeatureMerge(64, 16, 32))

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor
 
-from kit.files import Checkpoint
+from kit.files import Checkpoint, show_help
 
 Model = Callable[[Tensor, Tensor], Tensor]  # model(z (b,c,t,h,w), time (b,) in [0,1000]) -> v like z
 Ellipse = tuple[float, float, float, float, float]  # in cells: centre x, y, half axes a, b; angle of a in radians
@@ -354,6 +354,7 @@ def check_size(frames: int, height: int, width: int) -> None:
 
 
 if __name__ == "__main__":
+    show_help("sampler.py: draws a moving alpha, its ellipses and the shifted noise into out/ellipse.png")
     import imageio.v3 as iio
 
     alpha = torch.stack([gaussian((60 + 5 * i, 60, 35, 12, i / 8), 120, 208) for i in range(17)])

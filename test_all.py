@@ -36,7 +36,7 @@ from dora import (adapted_layers, adapter_state, add_dora, add_lora, Delta, load
 from kit import evaluate
 from kit.clips import procedural_clip
 from kit.command import run_command
-from kit.files import Checkpoint, find_adapter, find_vae, read_section, TINY
+from kit.files import Checkpoint, find_adapter, find_vae, read_section, show_help, TINY
 from kit.media import read_rgba, write_rgba
 from kit.score import compare_clips
 from kit.test_kit import (block_adapters, CAPTIONS, close, DIT_FILE, dit_folder, dit_inputs, DIT_TINY, dora_file, far,
@@ -845,6 +845,9 @@ def test_every_file_of_the_method_runs_by_itself(tmp_path):
     for name, run in runs.items():
         said, errors = run.communicate(timeout=60)
         assert run.returncode == 0 and said, (name, errors)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sys, "argv", ["vae.py", "--help"])
+        show_help("shown")
 
 
 # ---- the embedded model: below the scores in the report, far above chance

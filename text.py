@@ -22,7 +22,7 @@ from einops import rearrange
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from kit.files import Checkpoint, check_fit, find_text, find_tokenizer, read_json, shards
+from kit.files import Checkpoint, check_fit, find_text, find_tokenizer, read_json, shards, show_help
 
 
 @dataclass
@@ -293,6 +293,7 @@ def load_text_encoder(path: str | Path, dtype: torch.dtype = torch.float32, devi
 
 
 if __name__ == "__main__":
+    show_help("text.py: two prompts through a tokenizer and a small random encoder: tokens, ids, shapes")
     prompts = ["A red ball moving from left to right.", "A red ball moving from right to left."]
     encoder = TextEncoder(make_tokenizer(prompts), UMT5(T5Config(32, 48, 48, 96, 4, 2, 32)))
     ids, mask = encoder.tokenize(prompts)

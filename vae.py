@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from kit.files import Checkpoint, load_strict
+from kit.files import Checkpoint, load_strict, show_help
 
 WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
@@ -315,6 +315,7 @@ def load_vae(path, config: VAEConfig | None = None, dtype=torch.float32, device=
 
 
 if __name__ == "__main__":
+    show_help("vae.py: a random clip through a small random autoencoder, whole and streamed: shapes and difference")
     config = VAEConfig(dim=8)
     vae, video = WanVAE(config).eval(), torch.rand(1, 3, 17, 64, 64) * 2 - 1
     with torch.no_grad():

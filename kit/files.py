@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import zipfile
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -22,6 +23,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kit.spellings import SCALES, wan_names
+
+
+def show_help(doc: str) -> None:
+    """`python FILE.py --help` of a file that runs by itself says what it shows, and no more."""
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(doc)
+        sys.exit()
 
 
 @contextmanager
