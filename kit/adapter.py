@@ -1,6 +1,6 @@
 """What an adapter file is, and the same adapter as others read it.
 
-    python -m kit.adapter FILE                                  dialect, kind, rank, scale; which released model it fits
+    python -m kit.adapter FILE                                  dialect, kind, rank, scale; which model it fits
     python -m kit.adapter FILE --to official OUT.safetensors    the names of Wan-Alpha's own code, which we write, too
     python -m kit.adapter FILE --to peft OUT                    a folder for PeftModel.from_pretrained
     python -m kit.adapter FILE --to diffusers OUT.safetensors   for load_lora_weights
@@ -25,9 +25,9 @@ from dit import WAN_14B, WAN_1_3B, WanDiT, open_dit
 from dora import (DIFFUSERS, KEY, PARTS, low_rank_sum, match_adapter, parse_adapter, read_delta, reading_options,
                   row_norm, split_key)
 from kit.command import Parser, run_command
-from kit.files import Checkpoint, find_dit, find_vae, replacing, save_json, save_tensors
+from kit.files import TINY, Checkpoint, find_dit, find_vae, replacing, save_json, save_tensors
 from merge import RGBAVAE, adapter_part, load_rgba_vae
-from vae import WanVAE
+from vae import WanVAE, load_vae
 
 LOW_RANK = dict(down="lora_A.weight", up="lora_B.weight", magnitude="lora_magnitude_vector")
 COMFY = dict(down="lora_down.weight", up="lora_up.weight", magnitude="dora_scale", alpha="alpha", weight="diff",
@@ -48,17 +48,20 @@ def dialect(key: str) -> str:
     return f"{owner} ({word}.default)" if ".default" in key else f"{owner} ({word})"
 
 
-def released_models(vae: bool) -> dict[str, dict[str, Tensor]]:
+def known_models(vae: bool) -> dict[str, dict[str, Tensor]]:
+    """The released ones and the embedded one: names and shapes."""
     with torch.device("meta"):
         if vae:
-            return {"Wan's VAE": RGBAVAE(WanVAE()).state_dict()}
-        return {"Wan 1.3B": WanDiT(WAN_1_3B).state_dict(), "Wan 14B": WanDiT(WAN_14B).state_dict()}
+            own = RGBAVAE(load_vae(find_vae(TINY), device="meta"))
+            return {"Wan's VAE": RGBAVAE(WanVAE()).state_dict(), "tiny/": own.state_dict()}
+        return {"Wan 1.3B": WanDiT(WAN_1_3B).state_dict(), "Wan 14B": WanDiT(WAN_14B).state_dict(),
+                "tiny/": open_dit(TINY)[0].state_dict()}
 
 
 def describe_fit(adapter: dict[str, Tensor], vae: bool) -> list[str]:
-    """How many layers fit each released model; up to ten keys that do not fit the nearest."""
+    """How many layers fit each known model; up to ten keys that do not fit the nearest."""
     layers = {layer for layer, part in map(split_key, adapter) if part}
-    problems = {model: match_adapter(adapter, state)[1] for model, state in released_models(vae).items()}
+    problems = {model: match_adapter(adapter, state)[1] for model, state in known_models(vae).items()}
     fit = {model: len(layers - {split_key(key)[0] for key in wrong}) for model, wrong in problems.items()}
     nearest = max(fit, key=fit.get)
     left = [f"  {key} {text}" for key, text in problems[nearest].items()]
@@ -105,7 +108,7 @@ def fold_alpha(name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
 def respell(adapter: dict[str, Tensor], to: str, **options) -> dict[str, Tensor]:
     """An adapter of Wan's transformer as `to` names it; ValueError for what that has no name for. options: those of
     `dora.match_adapter`."""
-    names, result = dict.fromkeys(released_models(vae=False)["Wan 14B"]), {}
+    names, result = dict.fromkeys(known_models(vae=False)["Wan 14B"]), {}
     for name, delta in parse_adapter(adapter, names, **options).items():
         layer, _, parameter = name.rpartition(".")
         parts = {parameter if part == "diff" else part: getattr(delta, part) for part in delta.keys}

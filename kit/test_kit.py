@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -466,7 +467,9 @@ class Browser:
         os.write(self.asks, json.dumps(dict(id=number, method=method, params=params) | self.session).encode() + b"\0")
         while True:
             while b"\0" not in self.left:
-                self.left += os.read(self.hears, 1 << 20)
+                if not select.select([self.hears], [], [], 60)[0] or not (said := os.read(self.hears, 1 << 20)):
+                    raise TimeoutError("chromium does not answer")
+                self.left += said
             said, _, self.left = self.left.partition(b"\0")
             answer = json.loads(said)
             if answer.get("id") == number:
@@ -495,7 +498,10 @@ class Browser:
 
 @contextmanager
 def browser(page, *size):
-    opened = Browser(page, *size)
+    try:
+        opened = Browser(page, *size)
+    except (TimeoutError, BrokenPipeError):
+        pytest.skip("chromium does not start here")
     try:
         yield opened
     finally:
@@ -976,7 +982,7 @@ def test_an_adapter_is_told_by_kind_rank_scale_and_model(tmp_path, capsys):
     lines = adapter.describe(file).splitlines()
     assert lines[0] == f"{file}: peft (lora_A.default)" and "DoRA on 10 layers, rank [32], scale 1," in lines[1]
     assert lines[2:] == ["differences: none", "Wan 1.3B: 0 of 10 layers fit", "Wan 14B: 10 of 10 layers fit",
-                         "left over in Wan 14B: nothing"]
+                         "tiny/: 0 of 10 layers fit", "left over in Wan 14B: nothing"]
     given = zeros(bench.checkpoint_meta(replace(WAN_1_3B, num_layers=1))[2])
     given = {key: x for key, x in given.items() if "blocks.0" in key}
     given |= {key.replace("s.0.", "s.30."): x + 0 for key, x in given.items() if ".diff" not in key}   # there is no 30
@@ -994,7 +1000,7 @@ def test_an_adapter_is_told_by_kind_rank_scale_and_model(tmp_path, capsys):
     adapter.main([str(file)])
     assert capsys.readouterr().out.splitlines()[1:] == [
         "LoRA on 76 layers, rank [2], scale 1 / rank, there is no .alpha", "differences: none",
-        "merge block: 1 tensors; frozen copies, skipped: 2", "Wan's VAE: 76 of 76 layers fit",
+        "merge block: 1 tensors; frozen copies, skipped: 2", "Wan's VAE: 76 of 76 layers fit", "tiny/: 0 of 76 layers fit",
         "left over in Wan's VAE: nothing"]
 
 
