@@ -24,6 +24,8 @@ from kit.command import is_first, measured
 from kit.files import file_key, find_dit, find_tokenizer, save_json
 from kit.media import checkerboard, over
 
+OURS = {"rgba.mov", "rgba.webm", "rgba.apng", "rgb.mp4", "alpha.mp4", "preview.mp4", "preview.webp", "frames",
+        "run.json", "index.html", "sprites.png", "sprites.json", "premultiplied", "premultiplied.mov"}
 PACKAGES = ("numpy", "safetensors", "tokenizers", "einops", "imageio", "imageio-ffmpeg")
 
 
@@ -59,7 +61,8 @@ def check_out(folder: Path) -> None:
 
 @contextmanager
 def result_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final` that takes its place, whole, if the block succeeds."""
+    """A temporary folder beside `final` that takes its place, whole, if the block succeeds. What somebody else put into
+    the earlier one stays."""
     temporary = final.with_name(f".{os.getpid()}-{final.name}")
     earlier = final.with_name(f".{os.getpid()}-{final.name}~")
     try:
@@ -68,6 +71,9 @@ def result_folder(final: Path) -> Iterator[Path]:
         if final.exists():
             final.rename(earlier)
         temporary.rename(final)
+        for path in earlier.iterdir() if earlier.exists() else ():
+            if path.name not in OURS:
+                path.rename(final / path.name)
         shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1000,7 +1000,8 @@ def test_an_adapter_is_told_by_kind_rank_scale_and_model(tmp_path, capsys):
     adapter.main([str(file)])
     assert capsys.readouterr().out.splitlines()[1:] == [
         "LoRA on 76 layers, rank [2], scale 1 / rank, there is no .alpha", "differences: none",
-        "merge block: 1 tensors; frozen copies, skipped: 2", "Wan's VAE: 76 of 76 layers fit", "tiny/: 0 of 76 layers fit",
+        "merge block: 1 tensors; frozen copies, skipped: 2", "Wan's VAE: 76 of 76 layers fit",
+        "tiny/: 0 of 76 layers fit",
         "left over in Wan's VAE: nothing"]
 
 
@@ -1497,6 +1498,16 @@ def sampled(*argv):
     args = settled(*argv)
     (z,), _ = generate.sample(args, generate.encode_prompts(args), request.make_mask(args))
     return z
+
+
+def test_a_clip_made_again_keeps_what_others_put_beside_it(tmp_path):
+    folder, = make(tmp_path, "ball", "--also", "sheet", *SHORT)
+    (folder / "my notes.txt").write_text("mine")
+    (folder / "frames/0007.png").write_bytes(b"of a longer one")
+    make(tmp_path, "ball", *SHORT)
+    names = {path.name for path in folder.iterdir()}
+    assert (folder / "my notes.txt").read_text() == "mine" and "sprites.png" not in names and len(pngs(folder)) == 1
+    assert names - {"my notes.txt"} == {*CLIP_FILES} <= result.OURS and len(list(tmp_path.iterdir())) == 1
 
 
 def test_every_argument_has_a_say():
