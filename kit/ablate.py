@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 LOOP = "--muon --bf16 --warmup 50 --workers 1 --save-every 10000 --seed {seed} --device cpu --base {base} --out {run}"
 COMMANDS = {                                    # a training, but for its loop, and its evaluation
     "vae": ("train_vae.py {data} --unbled --perceptual 0 --rank 16 --lr 1e-3 --lora-plus 16 --size 64 "
-            "--schedule 2500:1:48:8,400:5:48:4",
+            "--schedule 1000:1:48:8,1500:5:48:4",
             "-m kit.evaluate vae --unbled --clips 32 --device cpu --base {base} --out {run} "
             "--vae-adapter {run}/Wan-Alpha-v2-VAE.safetensors"),
     "dit": ("train_dit.py {data} --cache {out}/cache --rank 24 --lr 2e-3 --lora-plus 4 --unweighted --steps 700 "
