@@ -25,10 +25,10 @@ from kit.batches import draw_latents, encoded, of_one_shape
 from kit.command import Parser, clip_frames, end_process_group, is_first, number, pixels, positive, run_command
 from kit.data import open_data
 from kit.evaluate import held_out_mse, sample
-from kit.files import (DORA, TINY, VAE_ADAPTER, cache_key, file_key, find_adapter, find_text, find_tokenizer,
-                       find_trained, find_vae, read_section, save_tensors, stored)
+from kit.files import (DORA, TINY, VAE_ADAPTER, cache_key, file_key, find_adapter, find_start, find_text,
+                       find_tokenizer, find_trained, find_vae, read_section, save_tensors, stored)
 from kit.media import contact_sheet, to_video
-from kit.run import Run, add_run_flags, begin, finish, learning_rate, settle_start
+from kit.run import Run, add_run_flags, begin, finish, learning_rate
 from kit.scale import place_dit, plain_attention, prepare_blocks
 from losses import PALETTE
 from merge import load_rgba_vae
@@ -188,7 +188,8 @@ def make_parser() -> Parser:
 
 def settle(args) -> None:
     """What the command line left open."""
-    settle_start(args, DORA, 32)
+    args.start, rank = find_start(args.start, DORA)
+    args.rank = args.rank or rank or 32
     said = read_section(args.base)
     args.size = tuple(args.size or said.get("size", (640, 624)))
     args.frames = args.frames or said.get("frames", 81)

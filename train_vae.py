@@ -24,9 +24,9 @@ from kit.batches import batch_sizes, draw_clips, parse_schedule
 from kit.command import Parser, end_process_group, number, positive, run_command
 from kit.data import open_data
 from kit.evaluate import evaluate_vae, load_judge, mean_scores, reconstruct
-from kit.files import TINY, VAE_ADAPTER, find_vae, read_section, save_tensors, stored
+from kit.files import TINY, VAE_ADAPTER, find_start, find_vae, read_section, save_tensors, stored
 from kit.media import contact_sheet
-from kit.run import Run, add_run_flags, begin, finish, is_first, learning_rate, settle_start
+from kit.run import Run, add_run_flags, begin, finish, is_first, learning_rate
 from kit.scale import prepare_blocks
 from losses import VGG, random_colors, raw_loss, rgba_loss, tabd_loss, tabd_mask
 from merge import FeatureMerge, RGBAVAE
@@ -142,7 +142,8 @@ def make_parser() -> Parser:
 
 def settle(args) -> None:
     """What the command line left open."""
-    settle_start(args, VAE_ADAPTER, 128)
+    args.start, rank = find_start(args.start, VAE_ADAPTER)
+    args.rank = args.rank or rank or 128
     said = read_section(args.base)
     side = min(said.get("size", [272]))
     args.schedule = args.schedule or (OFFICIAL if side >= 272 else f"300:{said.get('frames', 17)}:{side}:2")

@@ -183,6 +183,7 @@ def load_strict(module: nn.Module, state: dict, path, dtype=torch.float32, devic
     return module.requires_grad_(False).eval()
 
 TINY = Path(__file__).parents[1] / "tiny"                      # the embedded one: what a command takes without --base
+WEIGHTS = (".safetensors", ".bin", ".pth")
 VAE_ADAPTER, DORA = "Wan-Alpha-v2-VAE.safetensors", "t2v.safetensors"               # as the trainings name them
 
 
@@ -213,10 +214,14 @@ def find_trained(path, name: str) -> Path:
     return Path(path) / name if Path(path).is_dir() else Path(path)
 
 
-def adapter_rank(path) -> int | None:
-    """The rank of a LoRA or DoRA in a file of plain tensors; None if it holds none."""
-    meta = Checkpoint(path).meta
-    return next((len(tensor) for name, tensor in meta.items() if ".lora_A" in name and tensor.ndim > 1), None)
+def find_start(path, name: str) -> tuple[str | None, int | None]:
+    """What --start names, a file or a folder with one of this name, and the rank of the LoRA or DoRA in it. No rank of
+    a checkpoint.pt, and neither without a path."""
+    if not path:
+        return None, None
+    file = find_trained(path, name)
+    meta = Checkpoint(file).meta if file.suffix in WEIGHTS else {}
+    return str(file), next((len(x) for key, x in meta.items() if ".lora_A" in key and x.ndim > 1), None)
 
 
 def find_tokenizer(folder) -> Path:

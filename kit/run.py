@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from kit.command import (average, check_device, end_process_group, is_first, number, peak_memory, positive, processes,
-                         ranks, start_process_group, whole)
+from kit.command import (average, check_device, end_at_second_signal, end_process_group, is_first, number, peak_memory,
+                         positive, processes, ranks, start_process_group, whole)
 from kit.curves import draw_curves
-from kit.files import Checkpoint, adapter_rank, find_trained, replacing, save_json, save_text
+from kit.files import WEIGHTS, Checkpoint, replacing, save_json, save_text
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -66,16 +66,6 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on from the last checkpoint of the same run")
     add("--log-every", type=positive, default=50, metavar="N", help="steps between lines of log.jsonl [50]")
     add("--save-every", type=positive, default=500, metavar="N", help="steps between checkpoints and sheets [500]")
-
-
-WEIGHTS = (".safetensors", ".bin", ".pth")
-def settle_start(args, name: str, rank: int) -> None:
-    """--start FOLDER is that folder's file of this name; --rank, where nothing is said, that of what a run starts with,
-    or else `rank`."""
-    if args.start:
-        args.start = str(find_trained(args.start, name))
-    known = args.start and Path(args.start).suffix in WEIGHTS
-    args.rank = args.rank or (adapter_rank(args.start) if known else None) or rank
 
 
 FREE = ("resume", "start", "device", "data", "out", "cache", "workers", "log_every", "save_every", "checkpoint",
@@ -163,24 +153,6 @@ class Batches(Dataset):
 def ignore_signals(_) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):      # they reach workers too, but the run ends its step
         signal.signal(number, signal.SIG_IGN)
-
-
-def end_at_second_signal() -> int:
-    """From now on the second SIGINT or SIGTERM ends the process at once, in the middle of a long operation, too: a
-    thread hears of it through a pipe. Returns the pipe's end, to be closed when this is over."""
-    hears, tells = os.pipe()
-    os.set_blocking(tells, False)
-    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
-
-    def listen():
-        count = 0
-        while said := os.read(hears, 64):
-            count += sum(number in (signal.SIGINT, signal.SIGTERM) for number in said)
-            if count > 1:
-                os._exit(130)
-        os.close(hears)
-    threading.Thread(target=listen, daemon=True).start()
-    return tells
 
 
 def load_batches(batches: Batches, steps: range, args) -> Iterator[list[dict]]:
