@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from einops import einsum
 from torch import Tensor, nn
 
-from kit.files import Checkpoint, read_json, show_help
+from kit.files import BLOCK_LAYERS, PREFIXES, Checkpoint, read_json, show_help
 
 
 # The equations
@@ -180,11 +180,9 @@ PARTS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up",
          "magnitude_vector": "magnitude", "dora_scale": "magnitude", "alpha": "alpha", "diff": "diff",
          "diff_b": "diff_b", "diff_m": "diff_m"}
 FIELDS = {"diff_b": "bias", "diff_m": "modulation"}    # the layer's tensor that a part changes, if not its weight
-PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "pipe.dit.", "transformer.")
-KEY = re.compile(rf"(?:{'|'.join(map(re.escape, PREFIXES))}|lora_unet_+|lycoris_+)*(?P<layer>.+?)(?:\.conv3D)?"
+OWNERS = *PREFIXES, "base_model.model.", "pipe.dit.", "transformer."
+KEY = re.compile(rf"(?:{'|'.join(map(re.escape, OWNERS))}|lora_unet_+|lycoris_+)*(?P<layer>.+?)(?:\.conv3D)?"
                  rf"\.(?P<part>{'|'.join(PARTS)})(?:\.default)?(?:\.weight)?")
-DIFFUSERS = {"attn1.to_": "self_attn.", "attn2.to_": "cross_attn.", "_attn.out.0": "_attn.o",
-             "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}            # its names of a block's layers
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -196,19 +194,25 @@ def split_key(key: str) -> tuple[str, str]:
     match = KEY.fullmatch(key)
     if not match:
         return key, ""
-    layer = functools.reduce(lambda name, pair: name.replace(*pair), DIFFUSERS.items(), match["layer"])
+    block, _, name = match["layer"].partition(".")[2].partition(".")          # blocks.0.attn1.to_q: 0, attn1.to_q
+    layer = f"blocks.{block}.{BLOCK_LAYERS[name]}" if name in BLOCK_LAYERS else match["layer"]
     return layer, PARTS[match["part"]]
 
 
 def peft_scale(config: dict, layer: str) -> float:
     """s of a layer as peft's adapter_config.json says: alpha / r, or alpha / sqrt(r) of rsLoRA; patterns name layers
-    that have others."""
+    that have others. ValueError for what are no numbers above 0."""
     def own(name, usual):
         patterns = config.get(f"{name}_pattern") or {}
         found = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", layer))
         return next(found, usual)
-    rank, alpha = own("rank", config.get("r", 8)), own("alpha", config.get("lora_alpha", 8))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        rank, alpha = own("rank", config.get("r", 8)), own("alpha", config.get("lora_alpha", 8))
+        if min(rank, alpha) <= 0:
+            raise ValueError
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (TypeError, ValueError, AttributeError, re.error):
+        raise ValueError("its adapter_config.json has no ranks and alphas above 0: download it again") from None
 
 
 # Merge

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from dit import WAN_14B, WAN_1_3B, WanDiT, open_dit
-from dora import (DIFFUSERS, KEY, PARTS, low_rank_sum, match_adapter, parse_adapter, read_delta, reading_options,
+from dora import (KEY, PARTS, low_rank_sum, match_adapter, parse_adapter, read_delta, reading_options,
                   row_norm, split_key)
 from kit.command import Parser, run_command
-from kit.files import TINY, Checkpoint, find_dit, find_vae, replacing, save_json, save_tensors
+from kit.files import BLOCK_LAYERS, TINY, Checkpoint, find_dit, find_vae, replacing, save_json, save_tensors
 from merge import RGBAVAE, adapter_part, load_rgba_vae
 from vae import WanVAE, load_vae
 
@@ -131,11 +131,11 @@ def respell(adapter: dict[str, Tensor], to: str, **options) -> dict[str, Tensor]
 
 def diffusers_name(layer: str) -> str:
     """`blocks.0.self_attn.o` -> `blocks.0.attn1.to_out.0`."""
-    if not layer.startswith("blocks."):
-        raise ValueError(f"diffusers: only the layers of blocks are written, not {layer}")
-    for theirs, ours in reversed(DIFFUSERS.items()):
-        layer = layer.replace("_attn.o", "_attn.out.0") if ours == "_attn.o" else layer.replace(ours, theirs)
-    return layer
+    theirs = {ours: theirs for theirs, ours in BLOCK_LAYERS.items()}
+    blocks, number, name = [*layer.split(".", 2), "", ""][:3]
+    if blocks != "blocks" or name not in theirs:
+        raise ValueError(f"diffusers: only the linear layers of blocks are written, not {layer}")
+    return f"blocks.{number}.{theirs[name]}"
 
 
 def for_comfy(path: str, base: str) -> dict[str, Tensor]:
@@ -192,7 +192,11 @@ def write(args) -> None:
         return save_tensors(out, dict(open_dit(args.base, [(args.file, 1.0)])[1]))
     if to == "comfy" and magnitudes and not args.comfy_norm:
         return save_tensors(out, for_comfy(args.file, args.base), dict(dora_norm="base"))
-    adapter = respell(file.read(), to, **reading_options(file, args.file))
+    options = reading_options(file, args.file)
+    if options["base_norm"] and magnitudes:
+        raise ValueError(f"{args.file} was written for ComfyUI, its magnitudes would be wrong elsewhere: take the file "
+                         "it was made from, or --to merged")
+    adapter = respell(file.read(), to, **options)
     if to == "peft":
         return write_peft(Path(out), adapter)
     save_tensors(out, adapter)
@@ -206,7 +210,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--comfy-norm", action="store_true", help="magnitudes as they are, for a ComfyUI that divides "
                         "by the norm of W + s B A")
     args = parser.parse_args(argv)
-    write(args) if args.to else print(describe(args.file))
+    if args.to:
+        return write(args)
+    print(describe(args.file))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from kit.spellings import SCALES, wan_names
+from kit.spellings import BLOCK_LAYERS, PREFIXES, SCALES, wan_names     # noqa: F401, the first two are for dora
 
 
 def show_help(doc: str) -> None:

@@ -24,8 +24,8 @@ from kit.command import is_first, measured
 from kit.files import file_key, find_dit, find_tokenizer, save_json
 from kit.media import checkerboard, over
 
-OURS = {"rgba.mov", "rgba.webm", "rgba.apng", "rgb.mp4", "alpha.mp4", "preview.mp4", "preview.webp", "frames",
-        "run.json", "index.html", "sprites.png", "sprites.json", "premultiplied", "premultiplied.mov"}
+FILES = ("rgba.webm", "rgba.mov", "rgba.apng", "preview.webp", "preview.mp4", "rgb.mp4", "alpha.mp4", "frames",
+         "sprites.png", "sprites.json", "premultiplied", "premultiplied.mov", "run.json", "index.html")   # of a clip
 PACKAGES = ("numpy", "safetensors", "tokenizers", "einops", "imageio", "imageio-ffmpeg")
 
 
@@ -72,7 +72,7 @@ def result_folder(final: Path) -> Iterator[Path]:
             final.rename(earlier)
         temporary.rename(final)
         for path in earlier.iterdir() if earlier.exists() else ():
-            if path.name not in OURS:
+            if path.name not in FILES:
                 path.rename(final / path.name)
         shutil.rmtree(earlier, ignore_errors=True)
     finally:

@@ -10,6 +10,10 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 SCALES = ("scale_weight", "weight_scale"), ("scale_input", "input_scale")    # of fp8: of a weight, of its input
 MARKS = ("scaled_fp8", "spiece_model")                                       # of ComfyUI's files: no tensors of a model
 
+BLOCK_LAYERS = {"attn1.to_q": "self_attn.q", "attn1.to_k": "self_attn.k", "attn1.to_v": "self_attn.v",
+                "attn1.to_out.0": "self_attn.o", "attn2.to_q": "cross_attn.q", "attn2.to_k": "cross_attn.k",
+                "attn2.to_v": "cross_attn.v", "attn2.to_out.0": "cross_attn.o",
+                "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}            # diffusers' words, Wan's
 TRANSFORMER = [(r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
                (r"^condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
                (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
@@ -17,8 +21,8 @@ TRANSFORMER = [(r"^condition_embedder\.time_embedder\.linear_1", "time_embedding
                (r"^condition_embedder\.time_proj", "time_projection.1"),
                (r"^scale_shift_table$", "head.modulation"), (r"^proj_out", "head.head"),
                (r"\.scale_shift_table$", ".modulation"), (r"\.norm2\.", ".norm3."),
-               (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."), (r"\.to_out\.0\.", ".o."),
-               (r"\.to_([qkv])\.", r".\1."), (r"\.ffn\.net\.0\.proj\.", ".ffn.0."), (r"\.ffn\.net\.2\.", ".ffn.2.")]
+               *((re.escape(f".{theirs}."), f".{ours}.") for theirs, ours in BLOCK_LAYERS.items()),
+               (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn.")]      # what is left: their norms
 
 TEXT = [(r"^shared\.", "token_embedding."), (r"^encoder\.final_layer_norm", "norm"), (r"^encoder\.block\.", "blocks."),
         (r"\.layer\.0\.SelfAttention\.relative_attention_bias", ".pos_embedding.embedding"),

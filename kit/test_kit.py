@@ -1036,6 +1036,8 @@ def test_an_adapter_merges_to_the_same_from_whatever_it_was_written_for(to, tmp_
         return same(keys, expected)
     torch.testing.assert_close(dict(load_dit(base(), [(file, 1.0)]).state_dict()), dict(expected), rtol=1e-5, atol=1e-5)
     if to == "comfy":                           # as ComfyUI merges: the norm is that of the base
+        for again in ("official x.safetensors", "peft x", "comfy x.safetensors --comfy-norm"):
+            refuses(lambda: adapter.main([str(out), "--to", *again.split()]), "written for ComfyUI")
         q = "diffusion_model.blocks.1.self_attn.q"
         weight, scale = before["blocks.1.self_attn.q.weight"], keys[f"{q}.dora_scale"]
         sum_ = weight + keys[f"{q}.lora_up.weight"] @ keys[f"{q}.lora_down.weight"]
@@ -1057,6 +1059,9 @@ def test_the_scale_of_an_adapter_is_what_its_config_says(change, scale, tmp_path
     merged = load_dit(base(), [(tmp_path / "adapter_model.safetensors", 1.0)]).state_dict()[f"{Q}.weight"]
     product = state[f"base_model.model.{Q}.lora_B.weight"] @ state[f"base_model.model.{Q}.lora_A.weight"]
     close(merged - load_dit(base()).state_dict()[f"{Q}.weight"], scale * product)
+    for wrong in (dict(r="x"), dict(r=0), dict(r=4, alpha_pattern=5), dict(r=4, rank_pattern={"(": 1}), dict(r=-4)):
+        save_json(tmp_path / "adapter_config.json", dict(lora_alpha=8) | wrong)
+        refuses(lambda: load_dit(base(), [(tmp_path / "adapter_model.safetensors", 1.0)]), "adapter_config.json")
 
 
 @pytest.mark.parametrize("given, to, word", [
@@ -1507,7 +1512,7 @@ def test_a_clip_made_again_keeps_what_others_put_beside_it(tmp_path):
     make(tmp_path, "ball", *SHORT)
     names = {path.name for path in folder.iterdir()}
     assert (folder / "my notes.txt").read_text() == "mine" and "sprites.png" not in names and len(pngs(folder)) == 1
-    assert names - {"my notes.txt"} == {*CLIP_FILES} <= result.OURS and len(list(tmp_path.iterdir())) == 1
+    assert names - {"my notes.txt"} == {*CLIP_FILES} <= {*result.FILES} and len(list(tmp_path.iterdir())) == 1
 
 
 def test_every_argument_has_a_say():

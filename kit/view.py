@@ -12,10 +12,10 @@ from pathlib import Path
 
 from kit.command import Parser, run_command
 from kit.files import read_json, save_text
+from kit.result import FILES
 from sampler import CENTERED, parse_ellipse
 
 TEMPLATE = Path(__file__).with_name("view.html")
-FILES = ("rgba.webm", "rgba.mov", "preview.webp", "preview.mp4", "rgb.mp4", "alpha.mp4", "run.json")
 
 
 def ellipse_keys(asked: dict) -> list | None:
@@ -34,10 +34,11 @@ def describe(folder: Path, page: Path) -> dict:
     try:
         asked = run["arguments"]
         size = "{} x {}".format(*asked["size"])
+        files = [name for name in FILES if (folder / name).is_file() and name != page.name]
         facts = f"seed {run['seed']}, {asked['steps']} steps, {size}, {asked['fps']} fps"
         return dict(folder=Path(os.path.relpath(folder, page.parent)).as_posix(), prompt=asked["prompt"], facts=facts,
                     size=asked["size"], fps=asked["fps"], frames=asked["frames"], stages=run["stages"],
-                    ellipse=ellipse_keys(asked), files=[name for name in FILES if (folder / name).exists()])
+                    ellipse=ellipse_keys(asked), files=files)
     except (KeyError, TypeError, IndexError):
         raise ValueError(f"{folder} is no clip of generate.py: its run.json is missing or another's") from None
 
